@@ -1,0 +1,736 @@
+"""One bidirectional transformer for every masked-diffusion LM here, from the tiny default to LLaDA-8B, Dream-7B and LLaDA-MoE-7B.
+
+Papers: MDLM (arXiv 2406.07524) and LLaDA (2502.09992) for the forward process and its loss. MetaState (2603.01331) and
+MemDLM (2603.22241) both need what stands here: a backbone that can be run slice by slice.
+Idea: masked diffusion replaces tokens by [MASK] with probability t and learns to put them back. The network is a Llama
+without the causal mask. Both memories work between its layers, so the forward pass is cut at the layers:
+embed -> run(a, b) -> head. Memory goes in as an argument and comes out as a value; nothing is stored, nothing is hooked.
+Equations: q(xt | x0) -> corrupt; the masked loss -> masked_loss
+Shapes: B batch, L tokens, V vocabulary, D width, H heads, d head width, N chosen positions, r rank of a low-rank pair
+Convention: logits[:, i] predicts token i in every family. Dream reads that prediction one position to the left; `head` does so.
+Read as: t = 0 is clean, t = 1 all masked; one t per row. Padding is never attended to, and positions count from the
+first real token, so a row gives the same logits alone and inside any padded batch.
+Left out: causal attention and KV caches (the canvas changes everywhere at every step), dropout, LLaDA2's block mask.
+Run: python backbone.py --check GSAI-ML/LLaDA-8B-Instruct      (a hub name or a folder: loads it and shows what it predicts)
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration. The defaults are the tiny preset; the real models are read from their own config.json (section 5).
+
+@dataclass
+class BackboneConfig:
+    """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
+    family: str = "tiny"          # tiny | llada | dream | llada_moe: names of tensors, tokenizer, chat format
+    vocab_size: int = 0           # embedding rows, unused padding rows included; 0 = the closed vocabulary of the tiny preset
+    d_model: int = 64             # D
+    n_layers: int = 3
+    n_heads: int = 2              # H; four heads of 16 did not learn key-value lookup in minutes, two of 32 do
+    n_kv_heads: int = 2           # fewer than n_heads: each serves n_heads / n_kv_heads consecutive query heads
+    head_dim: int = 32            # d
+    d_ff: int = 192               # SwiGLU inner width (of one expert in a mixture)
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_fp32: bool = True        # LLaDA rotates q and k in fp32; Dream and LLaDA-MoE in the model's dtype
+    qkv_bias: bool = False        # Dream
+    qk_norm: bool = False         # LLaDA-MoE: RMSNorm over each head, before RoPE
+    n_experts: int = 0            # LLaDA-MoE: 64, of which experts_per_token = 8 see a token
+    experts_per_token: int = 0
+    conv_width: int = 5           # depthwise convolution before attention: the tiny preset ONLY. Without it a model of
+                                  # this size does not learn key-value lookup in minutes (it cannot see "the token before")
+    shift: bool = False           # Dream: the prediction for token i is read at position i - 1
+    max_len: int = 4096
+    mask_id: int = 1
+    eos_id: int = 2               # end of text
+    pad_id: int = 0
+    chat: bool = False            # Instruct model: prompts go through the chat template
+    bos_id: int | None = None     # put before the prompt (Dream Base), else None
+    eot_id: int | None = None     # end of turn (Instruct models), else None
+
+    def __post_init__(self):
+        self.vocab_size = self.vocab_size or len(tiny_vocabulary())
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id={self.mask_id} lies outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def stop_ids(self):
+        return [i for i in (self.eos_id, self.eot_id) if i is not None]
+
+
+class LowRank(NamedTuple):
+    """A low-rank change of one weight matrix, W + scale * B A (LoRA, arXiv 2106.09685). Without the batch dimension it is
+    an adapter shared by all rows; with it, every row of the batch has its own: MemDLM's fast weights phi."""
+    A: torch.Tensor               # (r, d_in) or (batch, r, d_in)
+    B: torch.Tensor               # (d_out, r) or (batch, d_out, r)
+    scale: float                  # alpha / r
+
+
+class Context(NamedTuple):
+    """What every layer needs to know about the canvas; computed once per forward pass, shared by all slices of it."""
+    cos: torch.Tensor             # (1 or B, 1, L, d) fp32
+    sin: torch.Tensor             # (1 or B, 1, L, d) fp32
+    bias: torch.Tensor | None     # (B, 1, 1, L) bool, True = may be attended to; None when nothing is padded
+    source: torch.Tensor | None   # (B, L) where the prediction for token i is read; None: at i
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Layers. The order of casts matters: it is the published models' arithmetic, so that bf16 results can be compared.
+
+class Linear(nn.Linear):
+    """A linear layer that can add a LoRA of its own (trained by the outer loop) and a fast weight that is passed in."""
+    lora_rank = 0                                                           # no adapter until add_lora
+
+    def forward(self, x, fast=None):                                        # x (..., d_in); with fast: (B, L, d_in)
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_rank:
+            low = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+            y = y + (self.lora_scale * low).to(y.dtype)
+        if fast is not None:
+            low = x.to(fast.A.dtype) @ fast.A.mT @ fast.B.mT                # (B, L, d_out)
+            y = y + (fast.scale * low).to(y.dtype)
+        return y
+
+    def add_lora(self, rank, alpha, generator=None):
+        """B is zero: the model is unchanged until the adapter is trained. fp32, whatever the dtype of the frozen weight."""
+        self.lora_rank, self.lora_scale = rank, alpha / rank
+        A = torch.empty(rank, self.in_features, device=self.weight.device)
+        if not A.is_meta:
+            bound = 1 / math.sqrt(self.in_features)                         # Kaiming-uniform with a = sqrt(5), as in PEFT
+            A = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator).to(A.device)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)                                # cast first, then the weight: not the same in bf16
+
+
+def rotate(x, cos, sin, fp32):                                              # x (B, H, L, d)
+    """RoPE, half-split layout (arXiv 2104.09864)."""
+    dtype = x.dtype
+    if fp32:
+        x = x.float()
+    else:
+        cos, sin = cos.to(dtype), sin.to(dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.q = Linear(cfg.d_model, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.k = Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.v = Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.o = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model, bias=False)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps), RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def forward(self, x, ctx):                                              # (B, L, D)
+        cfg, (B, L, _) = self.cfg, x.shape
+        q = self.q(x).view(B, L, cfg.n_heads, cfg.head_dim)
+        k = self.k(x).view(B, L, cfg.n_kv_heads, cfg.head_dim)
+        v = self.v(x).view(B, L, cfg.n_kv_heads, cfg.head_dim).transpose(1, 2)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)      # (B, H, L, d)
+        k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)
+        if cfg.n_kv_heads < cfg.n_heads:                                    # query heads 0..g-1 share kv head 0, and so on
+            k, v = (z.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.bias)     # no causal mask: every token sees every token
+        return self.o(y.transpose(1, 2).reshape(B, L, -1))
+
+
+class FFN(nn.Module):
+    """SwiGLU. `phi` is a dict of fast weights by the full name of the matrix; a name that is absent changes nothing."""
+    def __init__(self, d_model, d_ff):
+        super().__init__()
+        self.gate = Linear(d_model, d_ff, bias=False)
+        self.up = Linear(d_model, d_ff, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x, phi={}, name=""):
+        return self.down(F.silu(self.gate(x, phi.get(name + "gate"))) * self.up(x, phi.get(name + "up")),
+                         phi.get(name + "down"))
+
+
+class MixtureFFN(nn.Module):
+    """LLaDA-MoE: softmax over all experts in fp32, the best few kept, their weights NOT renormalised."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.top = cfg.experts_per_token
+        self.router = Linear(cfg.d_model, cfg.n_experts, bias=False)
+        self.experts = nn.ModuleList(FFN(cfg.d_model, cfg.d_ff) for _ in range(cfg.n_experts))
+
+    def forward(self, x, phi={}, name=""):                                  # (B, L, D)
+        if phi and x.shape[0] > 1:                                          # each row owns its experts' fast weights
+            rows = [{k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()} for b in range(x.shape[0])]
+            return torch.cat([self.forward(x[b:b + 1], rows[b], name) for b in range(x.shape[0])])
+        flat = x.reshape(-1, x.shape[-1])                                   # (B L, D)
+        probs = F.softmax(self.router(flat), dim=-1, dtype=torch.float32)   # (B L, experts)
+        weight, chosen = probs.topk(self.top, dim=-1)
+        weight, y = weight.to(x.dtype), torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):                           # in index order: the sum's rounding depends on it
+            token, rank = torch.where(chosen == e)
+            out = expert(flat[token][None], phi, f"{name}experts.{e}.")[0]
+            y = y.index_add(0, token, out * weight[token, rank, None])
+        return y.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
+        self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model)) if cfg.conv_width else None
+
+    def forward(self, h, ctx, phi={}, name=""):                             # (B, L, D)
+        x = self.attn_norm(h)
+        if self.conv is not None:
+            x = x + depthwise(x if ctx.bias is None else x * ctx.bias[:, 0, 0, :, None], self.conv)
+        h = h + self.attn(x, ctx)
+        return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
+
+
+def depthwise(x, weight):                                                   # (B, L, D), (width, D)
+    """A depthwise convolution over L with zeros beyond the ends: y[i] = sum_j weight[j] * x[i + j - width // 2]."""
+    return F.conv1d(x.mT, weight.mT[:, None], padding=weight.shape[0] // 2, groups=x.shape[-1]).mT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The backbone and its seam: embed, run a slice of layers, head.
+
+class Backbone(nn.Module):
+    """`backbone(ids, attend=None) -> logits (B, L, V)`; the three methods below are the same pass in pieces."""
+
+    def __init__(self, cfg: BackboneConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.checkpointing = False          # True: keep one activation per layer, recompute the rest in the backward pass
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.lm_head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """For training from noise (the papers' backbones come pretrained; the tiny one does not). Output projections are
+        zero, so every block starts as the identity and depth costs nothing at the first step."""
+        for name, p in self.named_parameters():
+            if name.endswith(("attn.o.weight", "ffn.down.weight")):
+                p.zero_()
+            elif name.endswith("conv"):
+                p.uniform_(-p.shape[0] ** -0.5, p.shape[0] ** -0.5, generator=generator)
+            elif "embed" in name:
+                p.normal_(0, 0.5, generator=generator)
+            elif p.ndim == 2:
+                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+        return self
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
+
+    def context(self, ids, attend=None):
+        """ids (B, L); attend (B, L) bool, False = padding, wherever it stands. Call once per canvas, use for every slice."""
+        L, cfg, bias, source = ids.shape[1], self.cfg, None, None
+        positions = torch.arange(L, device=ids.device)[None]                # (1, L)
+        if attend is not None and not bool(attend.all()):
+            positions = (attend.long().cumsum(1) - 1).clamp(min=0)          # (B, L) counted from the first real token
+            bias = attend[:, None, None, :]
+        # fp32 and never a buffer: a buffer would be cast by .to(bfloat16) or left uninitialised by a load from meta
+        inv_freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device=ids.device).float() / cfg.head_dim)
+        angles = positions[..., None].float() * inv_freq
+        angles = torch.cat([angles, angles], dim=-1)[:, None]               # (1 or B, 1, L, d)
+        if cfg.shift:                                                       # the first real token reads its own position
+            source = (torch.arange(L, device=ids.device) - (positions > 0).long()).expand(ids.shape)
+        return Context(angles.cos(), angles.sin(), bias, source)
+
+    def embed(self, ids):
+        return self.embed_tokens(ids)                                       # (B, L, D)
+
+    def run(self, h, ctx, start=0, stop=None, phi={}):
+        """Layers start .. stop - 1 on h (B, L, D). phi: fast weights by name (see memdlm.py); empty = the plain model."""
+        for i in range(start, self.cfg.n_layers if stop is None else stop):
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(self.layers[i], h, ctx, phi, f"layers.{i}.", use_reentrant=False)
+            else:
+                h = self.layers[i](h, ctx, phi, f"layers.{i}.")
+        return h
+
+    def head(self, h, ctx, at=None):
+        """Logits (B, L, V), or with at (B, L) bool only the chosen positions, (N, V) in row-major order: at a vocabulary of
+        126,464 the head is the largest matrix of the model, and most positions are neither scored nor sampled."""
+        if ctx.source is not None:
+            h = h.gather(1, ctx.source[..., None].expand_as(h))
+        return self.lm_head(self.norm(h if at is None else h[at]))
+
+    def forward(self, ids, attend=None, at=None, phi={}):
+        ctx = self.context(ids, attend)
+        return self.head(self.run(self.embed(ids), ctx, phi=phi), ctx, at)
+
+    def add_lora(self, rank=32, alpha=64, seed=0):
+        """Freeze everything, then put a trainable LoRA on every linear layer except the head (MemDLM, section 4.1)."""
+        generator = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and name != "lm_head":
+                module.add_lora(rank, alpha, generator)
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The forward process and the loss.
+
+def corrupt(x0, t, given, mask_id, u=None, generator=None):
+    """q(xt | x0): each token that is not `given` becomes [MASK] with probability t.
+
+    x0 (B, L) long; t (B,) in [0, 1]; given (B, L) bool, True = prompt or padding, never masked.
+    u (B, L) uniform numbers: the same u at a larger t masks a superset, which is how nested states are made.
+    Returns xt (B, L) and masked (B, L) bool. Example: t = 1 masks all that is not given, t = 0 nothing.
+    """
+    if u is None:
+        u = torch.rand(x0.shape, generator=generator, device=x0.device if generator is None else generator.device)
+    masked = (u.to(x0.device) < t.to(x0.device)[:, None]) & ~given
+    return x0.masked_fill(masked, mask_id), masked
+
+
+def sample_t(batch, eps=1e-3, generator=None):
+    """One t ~ U(eps, 1) per row (LLaDA and MDLM: eps = 1e-3 keeps 1/t finite)."""
+    return eps + (1 - eps) * torch.rand(batch, generator=generator)
+
+
+def masked_loss(logits, x0, masked, weight, n_maskable):
+    """Sum over masked tokens of weight * CE(p_theta(x0_i | xt)), divided by the number of maskable tokens.
+
+    logits (N, V) at the masked positions in row-major order; weight (B,): 1/t gives the bound on the likelihood, ones the
+    uniform loss that the tiny preset trains with (it reaches 90 % in two thirds of the time: 1/t spends its gradient on rows
+    with almost nothing masked). n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact.
+    """
+    ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")      # (N,)
+    return (ce * weight.to(ce)[masked.nonzero()[:, 0]]).sum() / n_maskable
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The tiny preset's closed vocabulary. niah.py builds its texts from these words.
+
+SPECIALS = ["[PAD]", "[MASK]", "[EOS]"]
+KEYS = ("river stone cloud table horse piano candle forest bridge mirror anchor basket castle desert engine feather garden "
+        "hammer island jacket kettle ladder marble needle orange pepper quartz ribbon saddle temple violin window").split()
+VALUES = [str(n) for n in range(10, 74)]
+PEOPLE = "mary john daniel sandra".split()
+PLACES = "bathroom bedroom hallway kitchen office cellar".split()
+OBJECTS = "apple football milk".split()
+FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
+FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
+FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
+
+
+def tiny_vocabulary():
+    """Word -> id, 138 entries. A word outside it is an error that names the word, never an [UNK]."""
+    words = SPECIALS + FUNCTION_WORDS + KEYS + VALUES + PEOPLE + PLACES + OBJECTS + FILLER_NOUNS + FILLER_ADJECTIVES
+    return {word: i for i, word in enumerate(words)}
+
+
+def tiny_tokenizer():
+    """Splits at white space; text -> ids -> text is the identity. A transformers tokenizer like those of the real models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel(tiny_vocabulary(), unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pad, mask, eos = SPECIALS
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask, eos_token=eos)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints. The official files are read as data: no code from a checkpoint is ever executed (their remote code breaks on
+# transformers 5, three times out of four silently). Dispatch is on `architectures`: LLaDA-MoE calls itself model_type "llada".
+
+FAMILIES = {"Backbone": None, "LLaDAModelLM": "llada", "DreamModel": "dream", "LLaDAMoEModelLM": "llada_moe"}
+
+# our module name -> the checkpoint's; {} are the layer and expert numbers
+QWEN_NAMES = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
+              "layers.{}.attn_norm": "model.layers.{}.input_layernorm",
+              "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+              **{f"layers.{{}}.attn.{x}": f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkvo"}}
+NAMES = {
+    "llada": {"embed_tokens": "model.transformer.wte", "norm": "model.transformer.ln_f",
+              "lm_head": "model.transformer.ff_out",                        # "ff_out" is used twice: here the head ...
+              "layers.{}.attn_norm": "model.transformer.blocks.{}.attn_norm",
+              "layers.{}.ffn_norm": "model.transformer.blocks.{}.ff_norm",
+              **{f"layers.{{}}.attn.{x}": f"model.transformer.blocks.{{}}.{x}_proj" for x in "qkv"},
+              "layers.{}.attn.o": "model.transformer.blocks.{}.attn_out",
+              "layers.{}.ffn.gate": "model.transformer.blocks.{}.ff_proj",
+              "layers.{}.ffn.up": "model.transformer.blocks.{}.up_proj",
+              "layers.{}.ffn.down": "model.transformer.blocks.{}.ff_out"},  # ... and here the down-projection
+    "dream": {**QWEN_NAMES, **{f"layers.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.{x}_proj" for x in ("gate", "up", "down")}},
+    "llada_moe": {**QWEN_NAMES, "layers.{}.ffn.router": "model.layers.{}.mlp.gate",
+                  "layers.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+                  "layers.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
+                  **{f"layers.{{}}.ffn.experts.{{}}.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj"
+                     for x in ("gate", "up", "down")}},
+}
+
+# special ids the config.json of a family does not (reliably) hold: mask, end of text, end of turn, BOS before a raw prompt
+SPECIAL_IDS = {"llada": dict(mask=126336, eos=126081, eot=126348, bos=None),
+               "dream": dict(mask=151666, eos=151643, eot=151645, bos=151665),
+               "llada_moe": dict(mask=156895, eos=156892, eot=None, bos=None)}
+
+# values that change the arithmetic in ways this file does not implement: anything else is refused by name
+REQUIRED = {
+    "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True, weight_tying=False,
+                  scale_logits=False, input_emb_norm=False, include_bias=False, include_qkv_bias=False, alibi=False,
+                  attention_layer_norm=False, bias_for_layer_norm=False),
+    "dream": dict(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, use_sliding_window=False, use_mrope=False),
+    "llada_moe": dict(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, attention_bias=False, clip_qkv=None,
+                      shared_expert_intermediate_size=None, partial_rotary_factor=1.0, moe_router_enable_expert_bias=False,
+                      routed_scaling_factor=1.0),
+}
+
+
+def official_name(name, family):
+    """Our parameter or module name -> the one in the official checkpoint ("layers.3.ffn.up.weight" -> ...)."""
+    if family == "tiny":
+        return name
+    stem, _, last = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
+    template = NAMES[family][re.sub(r"\d+", "{}", stem)].format(*re.findall(r"\d+", stem))
+    return f"{template}.{last}" if last else template
+
+
+def config_from_json(raw, where="config.json"):
+    """The official config.json (a dict) -> BackboneConfig. ValueError names the first value that we do not support."""
+    arch = (raw.get("architectures") or ["none"])[0]
+    if arch not in FAMILIES:
+        raise ValueError(f"{where}: architecture {arch!r} is not supported; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[arch]
+    try:
+        if family is None:                                                  # written by save_backbone
+            return BackboneConfig(**raw["backbone"])
+        for key, value in REQUIRED[family].items():
+            if raw.get(key, value) != value:
+                raise ValueError(f"{where}: {key} = {raw[key]!r} is not supported for {arch} (only {value!r})")
+        special = dict(SPECIAL_IDS[family])
+        special["mask"] = raw.get("mask_token_id") or special["mask"]
+        special["eos"] = raw.get("eos_token_id") or special["eos"]
+        if family == "llada":
+            rows, heads = raw.get("embedding_size") or raw["vocab_size"], raw["n_heads"]
+            cfg = dict(vocab_size=rows, d_model=raw["d_model"], n_layers=raw["n_layers"], n_heads=heads,
+                       n_kv_heads=raw.get("n_kv_heads") or heads, d_ff=raw["mlp_hidden_size"], norm_eps=raw["rms_norm_eps"],
+                       rope_theta=raw["rope_theta"], rope_fp32=raw.get("rope_full_precision", True),
+                       max_len=raw["max_sequence_length"])
+        else:
+            rows, heads = raw["vocab_size"], raw["num_attention_heads"]
+            cfg = dict(vocab_size=rows, d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
+                       n_kv_heads=raw.get("num_key_value_heads") or heads, norm_eps=raw["rms_norm_eps"],
+                       rope_theta=raw["rope_theta"], rope_fp32=False, max_len=raw["max_position_embeddings"])
+        if family == "dream":
+            cfg.update(d_ff=raw["intermediate_size"], qkv_bias=True, shift=True)
+        if family == "llada_moe":
+            if any(f != 1 for f in raw.get("moe_layer_freq") or []):
+                raise ValueError(f"{where}: moe_layer_freq = {raw['moe_layer_freq']} is not supported (only all ones)")
+            cfg.update(d_ff=raw["expert_intermediate_size"], n_experts=raw["num_experts"], qk_norm=bool(raw["qk_layernorm"]),
+                       experts_per_token=raw["num_experts_per_tok"])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{where}: a {arch} config needs the entry {e}") from None
+    special = {k: v if v is not None and v < rows else None for k, v in special.items()}
+    if special["mask"] is None:
+        raise ValueError(f"{where}: mask_token_id is missing, and the family's own lies outside vocab_size = {rows}")
+    return BackboneConfig(family=family, head_dim=raw.get("head_dim") or cfg["d_model"] // heads, conv_width=0,
+                          mask_id=special["mask"], eos_id=special["eos"], pad_id=special["eos"], eot_id=special["eot"],
+                          bos_id=special["bos"], **cfg)
+
+
+def find_folder(name_or_path):
+    """A folder as it is; a hub name through huggingface_hub (its cache first, then a download with a progress bar)."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) or str(name_or_path).startswith((".", "runs/")):
+        raise FileNotFoundError(f"no checkpoint folder at {name_or_path}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except Exception as e:                                                  # its own errors are many; the cause is kept
+        raise FileNotFoundError(f"{name_or_path} is no folder and could not be fetched from the hub "
+                                f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+
+
+def open_shard(path, device="cpu"):
+    from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(str(path), framework="pt", device=str(device))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): truncated or corrupted? Fetch or save it again") from None
+
+
+def load_weights(model, folder, device="cpu", dtype=None):
+    """Fill a model that lies on `meta` shard by shard: each tensor goes straight to its place, in its dtype, once.
+
+    On the CPU in the checkpoint's own dtype (dtype=None) the tensors stay views of the mapped files: nothing is copied.
+    Raises ValueError naming missing, unexpected and misshapen tensors before any weight is read."""
+    folder, family = Path(folder), model.cfg.family
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    target = {official_name(n, family): (n, p) for n, p in model.named_parameters()}
+    shards = [open_shard(folder / f, device) for f in files]
+    home = {key: shard for shard in shards for key in shard.keys()}
+    problems = [f"missing {k}" for k in sorted(target.keys() - home.keys())]
+    problems += [f"unexpected {k}" for k in sorted(home.keys() - target.keys())]
+    problems += [f"{k} has shape {home[k].get_slice(k).get_shape()}, expected {list(target[k][1].shape)}"
+                 for k in sorted(target.keys() & home.keys()) if home[k].get_slice(k).get_shape() != list(target[k][1].shape)]
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit {family} config.json: " + "; ".join(problems[:5])
+                         + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    bar = tqdm(total=len(target), desc=f"loading {len(files)} files", unit="tensor", disable=len(files) == 1)
+    for shard in shards:
+        for key in shard.keys():
+            name, _ = target[key]
+            module, _, attribute = name.rpartition(".")
+            value = shard.get_tensor(key).to(dtype)
+            setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+            bar.update()
+    bar.close()
+    return model
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_backbone(name_or_path, device=None, dtype=None):
+    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official checkpoint (hub name or folder),
+    or an adapter folder in PEFT's format (its base is loaded first). Returns a Backbone in eval mode.
+
+    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's. Errors: FileNotFoundError, ValueError."""
+    device = device or default_device()
+    if name_or_path == "tiny":
+        return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        return load_adapter(load_backbone(adapter_base(folder), device, dtype), folder)
+    cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json")
+    cfg.chat = cfg.chat or bool(re.search(r"Instruct|Chat|LLaDA-1\.5", str(name_or_path)))
+    with torch.device("meta"):
+        model = Backbone(cfg)
+    return load_weights(model, folder, device, dtype).eval()
+
+
+def save_backbone(model, folder, tokenizer=None):
+    """config.json, model.safetensors and the tokenizer, in our own layout; load_backbone reads it back."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = dataclasses.replace(model.cfg)
+    weights = {official_name(n, cfg.family): p.detach().contiguous().cpu() for n, p in model.named_parameters()}
+    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(cfg)}
+    write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw, indent=1)))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_atomically(path, write):
+    """A reader, or a run that is killed here, sees the old file or the new one, never half of one."""
+    part = f"{path}.part"
+    write(part)
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+# -- adapters in PEFT's format -----------------------------------------------------------------------------------------
+
+def adapter_base(folder):
+    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}/adapter_config.json does not name its base_model_name_or_path")
+    return base
+
+
+def save_adapter(model, folder, base):
+    """adapter_config.json + adapter_model.safetensors with the key names that PEFT gives the official model class."""
+    from safetensors.torch import save_file
+    folder, family = Path(folder), model.cfg.family
+    folder.mkdir(parents=True, exist_ok=True)
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_rank}
+    tensors = {f"base_model.model.{official_name(n, family)}.lora_{x}.weight": getattr(m, f"lora_{x}").detach().cpu().contiguous()
+               for n, m in adapted.items() for x in "AB"}
+    first = next(iter(adapted.values()))
+    # a regular expression over full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too
+    names = sorted({re.sub(r"\d+", r"\\d+", official_name(n, family)).replace(".", r"\.").replace(r"\\.", r"\.") for n in adapted})
+    config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base), r=first.lora_rank,
+                  lora_alpha=round(first.lora_scale * first.lora_rank), lora_dropout=0.0, bias="none", fan_in_fan_out=False,
+                  inference_mode=True, target_modules="|".join(names))
+    write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path))
+    write_atomically(folder / "adapter_config.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+
+
+def load_adapter(model, folder):
+    """Put a PEFT LoRA adapter on a loaded backbone. ValueError names what does not fit."""
+    folder = Path(folder)
+    config, shard = read_json(folder / "adapter_config.json"), open_shard(folder / "adapter_model.safetensors")
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        if config.get(key):
+            raise ValueError(f"{folder}/adapter_config.json: {key} = {config[key]!r} is not supported")
+    ours = {official_name(n, model.cfg.family): m for n, m in model.named_modules() if isinstance(m, Linear)}
+    keys = set(shard.keys())
+    for key in sorted(keys):
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if not match or match[1] not in ours or f"base_model.model.{match[1]}.lora_{'BA'['AB'.index(match[2])]}.weight" not in keys:
+            raise ValueError(f"{folder}: adapter tensor {key} belongs to no linear layer of this {model.cfg.family} backbone")
+        module, value = ours[match[1]], shard.get_tensor(key).float().to(model.device)
+        if match[2] == "A":
+            module.add_lora(value.shape[0], config["lora_alpha"])
+        if value.shape != getattr(module, f"lora_{match[2]}").shape:
+            raise ValueError(f"{folder}: {key} has shape {list(value.shape)}, "
+                             f"expected {list(getattr(module, f'lora_{match[2]}').shape)}")
+        getattr(module, f"lora_{match[2]}").data = value
+    return model.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Tokenizers and chat formats.
+
+def load_tokenizer(name_or_path):
+    """The transformers tokenizer of a checkpoint, without trust_remote_code."""
+    if name_or_path == "tiny":
+        return tiny_tokenizer()
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        return load_tokenizer(adapter_base(folder))
+    dream = "DreamModel" in (read_json(folder / "config.json").get("architectures") or []) and (folder / "vocab.json").exists()
+    try:                                        # AutoTokenizer would ask for Dream's remote class; Qwen2's gives the same ids
+        return (Qwen2Tokenizer if dream else PreTrainedTokenizerFast).from_pretrained(str(folder))
+    except Exception as e:
+        raise ValueError(f"{folder}: no tokenizer could be read ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
+
+# LLaDA-MoE's card could not be read here; this is the format of the same authors' LLaDA2 (assumed)
+ROLE_TEMPLATE = ("{% for m in messages %}<role>{{ {'system':'SYSTEM','user':'HUMAN','assistant':'ASSISTANT'}[m.role] }}</role>"
+                 "{{ m.content }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+
+
+def chat_text(tokenizer, cfg, messages, reply):
+    """messages as text; reply: end where the assistant's answer starts. LLaDA's template always opens an assistant turn, so
+    for a finished conversation (training) that spurious header is cut off again."""
+    template = tokenizer.chat_template or (ROLE_TEMPLATE if cfg.family == "llada_moe" else None)
+    if template is None:
+        return " ".join(m["content"] for m in messages) + (" " if messages[-1]["role"] == "user" else "")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, chat_template=template)
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    return text.removesuffix(header) if cfg.family == "llada" and not reply else text
+
+
+def encode(tokenizer, text):
+    """Text -> list of ids, nothing added. ValueError names words outside a closed vocabulary and empty texts."""
+    if tokenizer.unk_token is None and tokenizer.backend_tokenizer.model.__class__.__name__ == "WordLevel":
+        unknown = [w for w in dict.fromkeys(text.split()) if w not in tokenizer.get_vocab()]
+        if unknown:
+            raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown[:10])}"
+                             f"{' ...' if len(unknown) > 10 else ''} (python sample.py --vocabulary lists it)")
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_prompt(tokenizer, cfg, text):
+    """A prompt as the model expects it: through the chat template for Instruct models, raw (with BOS for Dream) for Base."""
+    if cfg.chat:
+        ids = encode(tokenizer, chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True))
+    else:
+        ids = ([cfg.bos_id] if cfg.bos_id is not None else []) + encode(tokenizer, text)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def encode_pair(tokenizer, cfg, example):
+    """{"prompt", "response"} or {"messages": [...]} (the last one is the response) -> prompt ids, response ids with its end."""
+    if "messages" in example or cfg.chat:
+        messages = example.get("messages") or [{"role": "user", "content": example["prompt"]},
+                                               {"role": "assistant", "content": example["response"]}]
+        prompt = chat_text(tokenizer, cfg, messages[:-1], reply=True)
+        response = encode(tokenizer, chat_text(tokenizer, cfg, messages, reply=False)[len(prompt):])
+        prompt = encode(tokenizer, prompt)
+    else:
+        prompt, response = encode_prompt(tokenizer, cfg, example["prompt"]), encode(tokenizer, example["response"])
+    if not prompt or not response:
+        raise ValueError(f"the {'response' if prompt else 'prompt'} is empty")
+    return prompt, response + ([] if response[-1] in cfg.stop_ids else [cfg.eos_id])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Command line.
+
+def cli(main):
+    """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check():
+    parser = argparse.ArgumentParser(description="Load a checkpoint and show what it predicts.")
+    parser.add_argument("--check", metavar="REPO", required=True, help="hub name or folder")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
+    parser.add_argument("--prompt", help="default: the question of LLaDA's official demo (49 ids through its chat template)")
+    args = parser.parse_args()
+    tokenizer, model = load_tokenizer(args.check), load_backbone(args.check, args.device)
+    question = args.prompt or ("Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per hour. "
+                               "How many kilometers can she run in 8 hours?")
+    print(f"{args.check}: {model.cfg.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {model.device}")
+    ids = encode_prompt(tokenizer, model.cfg, question)
+    print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids))}")
+    xt = torch.tensor([ids + [model.cfg.mask_id]], device=model.device)
+    with torch.no_grad():
+        probs = model(xt, at=xt == model.cfg.mask_id)[-1].float().softmax(-1)
+    print("at one [MASK] after it:", ", ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in zip(*map(torch.Tensor.tolist, probs.topk(5)))))
+
+
+if __name__ == "__main__":
+    cli(check)

@@ -1,0 +1,329 @@
+"""Needle-in-a-haystack tasks: text whose answer lies somewhere in it, at any length; training data and evaluation alike.
+
+Sources: RULER (arXiv 2404.06654) and BABILong (2406.10149), the benchmarks behind MemDLM's tables. Each task below is a
+miniature with the same structure and the same scoring rule; its docstring says what was kept and what was dropped.
+Idea: the haystack is filler, the needles are facts "key = value ." between its sentences, the question comes last with the
+asked key right before the answer. Distractor needles are mandatory: without them "copy every value you see" scores 100 %.
+Scoring: RULER's recall = mean over the reference strings of [reference is a substring of the output, case-folded];
+BABILong's = the target word is a substring. Beside it exact match, which is stricter: order and number count too.
+Held out: training and evaluation draw from different seeds, and from disjoint sets of pairs: a "key = value" of the
+evaluation never occurs in training, so a right answer was read from the prompt, not remembered.
+Left out: essays as filler, 7-digit numbers and UUIDs (closed vocabulary), RULER's one-shot examples.
+Run: python niah.py --checkpoint runs/memdlm        (table tasks x lengths, memory off and on; depth grid; JSONL)
+"""
+import argparse
+import json
+import math
+import random
+import sys
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from backbone import (FILLER_ADJECTIVES, FILLER_NOUNS, KEYS, OBJECTS, PEOPLE, PLACES, VALUES, cli, encode, encode_prompt)
+from sample import cut, generate, load_arms
+
+
+@dataclass
+class Sample:
+    task: str
+    prompt: str
+    answer: str                  # what the response should be, word for word (exact match)
+    refs: list                   # what must occur in it (recall)
+    chance: float                # recall of a guesser who copies random candidates of the right kind from the prompt
+    depth: float = 0.0           # where the asked needle lies: 0 = first sentence, 1 = last
+    length: int = 0              # nominal context length
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Pieces.
+
+@lru_cache(maxsize=None)
+def held_out(first, second):
+    """A fixed fifth of all pairs of words: they occur in evaluation texts only, all others in training texts only."""
+    return random.Random(f"{first} {second}").random() < 0.2
+
+
+def pick(rng, words, used, split, after=None):
+    """A word that is not in `used`; with `after`, one whose pair (after, word) belongs to the split."""
+    for _ in range(300):
+        word = rng.choice(words)
+        if word not in used and (after is None or held_out(after, word) == (split == "eval")):
+            used.add(word)
+            return word
+    raise LookupError("no partner left")                                     # rare; make_samples draws another text
+
+
+def filler(rng, n):
+    """n sentences "the sky is blue ." in which a noun keeps its adjective throughout the text (drawn anew for each text), so
+    that the haystack has a structure of its own to learn, unlike random words and unlike RULER's five fixed sentences."""
+    adjective = {noun: rng.choice(FILLER_ADJECTIVES) for noun in FILLER_NOUNS}
+    return [f"the {noun} is {adjective[noun]} ." for noun in rng.choices(FILLER_NOUNS, k=n)]
+
+
+def hide(rng, facts, query, length, count):
+    """Facts in their order between as many filler sentences as fit into `length` tokens; `count` measures a text in tokens of
+    the model's own tokenizer, as RULER does. Returns the text and the depth of each fact, 0..1."""
+    room = length - count(" ".join(facts + [query]))
+    hay = filler(rng, max(0, room) // count("the sky is blue ."))
+    while hay and count(" ".join(facts + hay + [query])) > length:
+        hay.pop()
+    n = len(facts) + len(hay)
+    slots = sorted(rng.sample(range(n), len(facts)))
+    lines = hay
+    for slot, fact in zip(slots, facts):                # in ascending order each insertion lands at its final index
+        lines.insert(slot, fact)
+    return " ".join(lines + [query]), [slot / max(1, n - 1) for slot in slots]
+
+
+def count_words(text):
+    return text.count(" ") + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Tasks. Each takes (rng, length, split, count) and returns a Sample.
+
+def needles(task, rng, length, split, count, n_keys, n_values):
+    """One key with n_values values is asked for, among n_keys - 1 distractor keys with one value each."""
+    keys, values = set(), set()
+    asked = pick(rng, KEYS, keys, split)
+    refs = [pick(rng, VALUES, values, split, after=asked) for _ in range(n_values)]
+    facts = [(asked, v) for v in refs]
+    for _ in range(n_keys - 1):
+        key = pick(rng, KEYS, keys, split)
+        facts.append((key, pick(rng, VALUES, values, split, after=key)))
+    rng.shuffle(facts)
+    refs = [v for k, v in facts if k == asked]                               # order of appearance
+    text, depths = hide(rng, [f"{k} = {v} ." for k, v in facts], f"? {asked} =", length, count)
+    return Sample(task, text, " ".join(refs), refs, n_values / len(values), depths[[k for k, _ in facts].index(asked)], length)
+
+
+def single(*args):
+    """RULER niah_single: one needle. Kept: random depth. No distractor, so copying the only number scores 100: a smoke test."""
+    return needles("single", *args, n_keys=1, n_values=1)
+
+
+def multikey(*args):
+    """RULER niah_multikey_1: four keys, one is asked for."""
+    return needles("multikey", *args, n_keys=4, n_values=1)
+
+
+def multivalue(*args):
+    """RULER niah_multivalue: four values of one key, all asked for. Ours adds three distractor keys (RULER has none)."""
+    return needles("multivalue", *args, n_keys=4, n_values=4)
+
+
+def chains(task, rng, length, split, count, hops, shuffled):
+    used, values, chain_list = set(), set(), []
+    for _ in range(2):
+        names = [pick(rng, KEYS, used, split)]
+        for _ in range(hops):
+            names.append(pick(rng, KEYS, used, split, after=names[-1]))
+        chain_list.append((pick(rng, VALUES, values, split, after=names[0]), names))
+    (value, names), (other, distractors) = chain_list
+    lines = [[f"{a} = {b} ." for a, b in zip(ns, [v] + ns)] for v, ns in chain_list]
+    order = [0] * len(lines[0]) + [1] * len(lines[1])
+    rng.shuffle(order)
+    facts = [lines[c].pop(0) for c in order]                                 # definition before use, chains interleaved
+    if shuffled:
+        rng.shuffle(facts)
+    text, depths = hide(rng, facts, f"? = {value}", length, count)
+    return Sample(task, text, " ".join(names), names, 0.5, depths[facts.index(f"{names[0]} = {value} .")], length)
+
+
+def tracking(*args):
+    """RULER variable tracking with 2 hops and one distractor chain: "a = 47 . b = a . c = b ." and the question which names
+    hold 47. Kept: definition before use, random gaps, recall over the names."""
+    return chains("tracking", *args, hops=2, shuffled=False)
+
+
+def tracking4(*args):
+    """Variable tracking with RULER's 4 hops, one distractor chain, and the lines shuffled, so that no reading order helps."""
+    return chains("tracking4", *args, hops=4, shuffled=True)
+
+
+def common(rng, length, split, count):
+    """RULER common words: 3 words stand 6 times as often as all others (its own ratio below 4K tokens). Longer texts repeat
+    more; there is no filler. Answer in vocabulary order."""
+    words = rng.sample(KEYS, len(KEYS))
+    top, rest = sorted(words[:3], key=KEYS.index), words[3:]
+    per_word = (count(" ".join(KEYS)) + 2) / len(KEYS)
+    times = max(1, round((length / per_word - 4) / (6 * len(top) + len(rest))))
+    rest = rest[:max(6, int((length / per_word - 4) / times) - 6 * len(top))]
+    listing = top * (6 * times) + rest * times
+    rng.shuffle(listing)
+    return Sample("common", " ".join(["list"] + listing + [". ? common"]), " ".join(top), top, 3 / len(top + rest), 0.0, length)
+
+
+def stories(rng, length, split, count):
+    """BABILong qa2, two supporting facts: people take objects and move; where is the object? Kept: the latest fact wins, an
+    object moves with its holder, facts keep their order between filler sentences. Dropped: putting objects down. The answer
+    names the holder, then the place (the place alone was not learned in minutes); only the place is scored."""
+    place, holder, facts = {}, {}, []
+    while len(facts) < 8 or not holder:
+        who = rng.choice(PEOPLE)
+        if who in place and rng.random() < 0.3:
+            thing = rng.choice(OBJECTS)
+            if thing in holder:
+                continue
+            holder[thing] = who
+            facts.append(f"{who} took {thing} .")
+        else:
+            place[who] = rng.choice([p for p in PLACES if p != place.get(who)])
+            facts.append(f"{who} moved {place[who]} .")
+    asked = rng.choice(sorted(holder))
+    who = holder[asked]
+    text, depths = hide(rng, facts, f"? where {asked}", length, count)
+    last = facts.index(f"{who} took {asked} .")
+    return Sample("stories", text, f"{who} {place[who]}", [place[who]], 1 / len(set(place.values())), depths[last], length)
+
+
+TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, common, stories)}
+
+
+def make_samples(tasks, length, n, seed, split="train", count=count_words):
+    """n samples, tasks drawn at random; the same arguments give the same samples. split: "train" or "eval"."""
+    rng, samples = random.Random(f"{split} {seed}"), []
+    while len(samples) < n:
+        try:
+            samples.append(TASKS[rng.choice(tasks)](rng, length, split, count))
+        except LookupError:
+            continue
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Evaluation: the same samples for every arm.
+
+BUDGET = 6                      # answer tokens of the tiny model: five names and the end of text. RULER, too, fixes a budget per task
+INTRO = "Answer the question after the question mark from the facts hidden in this text, with the bare words.\n"
+
+
+def token_counter(tokenizer, cfg):
+    """How long is a text, in tokens of this model. The tiny tokenizer splits at spaces, so counting them is the same, faster."""
+    return count_words if cfg.family == "tiny" else lambda text: len(encode(tokenizer, text))
+
+
+def recall(refs, output):
+    """RULER's string_match_all: the share of references that are substrings of the output, upper and lower case alike."""
+    return sum(ref.lower() in output.lower() for ref in refs) / len(refs)
+
+
+def run_arm(backbone, tokenizer, samples, memory, batch_size=100, gen_length=BUDGET, steps=None, progress=None):
+    """Decode all samples with one memory, LLaDA's settings for these tasks: one block, one token a step, temperature 0.
+
+    Returns a list of {output, recall, exact}, in the order of the samples."""
+    results, intro = [], "" if backbone.cfg.family == "tiny" else INTRO
+    for i in range(0, len(samples), batch_size):
+        part = samples[i:i + batch_size]
+        prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, intro + s.prompt)) for s in part]
+        ids = generate(backbone, prompts, gen_length=gen_length, steps=steps or gen_length, block_length=gen_length, memory=memory)
+        for sample, row in zip(part, ids):
+            output = tokenizer.decode(cut(row, backbone.cfg), skip_special_tokens=False)
+            results.append(dict(output=output, recall=recall(sample.refs, output),
+                                exact=float(output.split() == sample.answer.split())))
+        if progress:
+            progress.update(len(part))
+    return results
+
+
+def interval(values):
+    """Mean and half the width of its 95 % interval (normal approximation over samples)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), 1.96 * (x.var().item() / len(x)) ** 0.5 if len(x) > 1 else math.inf
+
+
+def paired(values, baseline):
+    """Mean difference on the same samples, half the width of its 95 % interval."""
+    return interval([a - b for a, b in zip(values, baseline)])
+
+
+def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=BUDGET, steps=None, **columns):
+    """Every arm on the same samples. Returns rows {task, length, arm, depth, output, recall, exact, ...}, one a sample, and
+    appends them to the JSONL file `out`."""
+    count, rows = token_counter(tokenizer, backbone.cfg), []
+    bar = tqdm(total=len(tasks) * len(lengths) * len(arms) * n, desc="niah", unit="sample", leave=False)
+    for task in tasks:
+        for length in lengths:
+            samples = make_samples([task], length, n, seed, "eval", count)
+            for arm, memory in arms.items():
+                budget = max(1, 6400 // max(64, length))                    # long texts in smaller batches
+                for sample, result in zip(samples, run_arm(backbone, tokenizer, samples, memory, budget, gen_length, steps, bar)):
+                    rows.append({**columns, "arm": arm, "seed": seed, **asdict(sample), **result})
+    bar.close()
+    if out:
+        with open(out, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def table(rows, metric="recall"):
+    """Tasks x lengths, one line per task and arm: mean +- half the 95 % interval in %, chance beside it."""
+    lengths = sorted({r["length"] for r in rows})
+    lines = [f"{metric:<12}{'arm':<11}" + "".join(f"{L:>14}" for L in lengths) + "      chance"]
+    for task in dict.fromkeys(r["task"] for r in rows):
+        for arm in dict.fromkeys(r["arm"] for r in rows):
+            cells = [[r for r in rows if (r["task"], r["arm"], r["length"]) == (task, arm, L)] for L in lengths]
+            stats = [interval([r[metric] for r in cell]) for cell in cells]
+            chance = 100 * sum(r["chance"] for r in cells[0]) / len(cells[0])
+            lines.append(f"{task:<12}{arm:<11}" + "".join(f"{100 * m:>8.1f} ±{100 * w:>4.1f}" for m, w in stats)
+                         + (f"{chance:>12.1f}" if metric == "recall" else ""))
+    return "\n".join(lines)
+
+
+def depth_grid(rows, arm, colour, bins=5):
+    """Recall by needle depth (down) and context length (across); a coloured background where the output is a terminal."""
+    lengths, lines = sorted({r["length"] for r in rows}), []
+    for b in range(bins):
+        cells = []
+        for L in lengths:
+            cell = [r["recall"] for r in rows if r["arm"] == arm and r["length"] == L and min(int(r["depth"] * bins), bins - 1) == b]
+            share = sum(cell) / len(cell) if cell else math.nan
+            text = f"{100 * share:5.0f} " if cell else "    - "
+            shade = 0 if not cell else [196, 208, 226, 118, 46][min(4, int(share * 5))]
+            cells.append(f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour and cell else text)
+        lines.append(f"  {100 * b // bins:>3}-{100 * (b + 1) // bins:<3} %  " + "".join(cells))
+    return "\n".join([f"  depth      " + "".join(f"{L:>5} " for L in lengths) + f"  arm: {arm}"] + lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a folder written by train.py, a hub name, or an adapter folder")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256], help="context lengths in tokens; the tiny model is trained up to 64")
+    parser.add_argument("--n", type=int, default=100, help="samples per cell")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation texts")
+    parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: one per answer token)")
+    parser.add_argument("--arms", nargs="+", help="only these arms (default: all that the checkpoint has)")
+    parser.add_argument("--metric", choices=["recall", "exact"], default="recall", help="recall: RULER's; exact: order and number count")
+    parser.add_argument("--out", help="JSONL of every sample's output (default: CHECKPOINT/niah.jsonl, or niah.jsonl here for a hub name)")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
+    args = parser.parse_args()
+    if args.n < 1 or min(args.lengths) < 1:
+        raise ValueError("--n and --lengths must be positive")
+    backbone, tokenizer, arms = load_arms(args.checkpoint, args.device)
+    unknown = set(args.arms or []) - set(arms)
+    if unknown:
+        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {', '.join(sorted(unknown))}")
+    arms = {a: arms[a] for a in args.arms or arms}
+    if max(args.lengths) + args.gen_length > backbone.cfg.max_len:
+        raise ValueError(f"length {max(args.lengths)} + {args.gen_length} exceeds the model's limit of {backbone.cfg.max_len}")
+    out = args.out or (Path(args.checkpoint) / "niah.jsonl" if Path(args.checkpoint).is_dir() else "niah.jsonl")
+    rows = evaluate(backbone, tokenizer, arms, args.tasks, args.lengths, args.n, args.seed, out, args.gen_length, args.steps,
+                    checkpoint=args.checkpoint)
+    print(table(rows, args.metric))
+    needle_rows = [r for r in rows if r["task"] in ("single", "multikey")]
+    if needle_rows:
+        print("\nrecall by needle depth and length (single, multikey), %")
+        for arm in arms:
+            print(depth_grid(needle_rows, arm, sys.stdout.isatty()))
+    print(f"\n{args.n} samples a cell, 95 % intervals over samples; every output: {out}")
+
+
+if __name__ == "__main__":
+    cli(main)

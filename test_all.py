@@ -1,0 +1,718 @@
+"""The claims of this repository, executable: `python -m pytest -q test_all.py` (CPU, no network, under two minutes).
+
+Each test's name is a sentence that can turn out false. Facts are checked against code we did not write (transformers' Llama,
+Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUCell) or against a short loop written from the paper, without our helpers.
+`python -m pytest -q test_all.py -m slow` runs the learning run (minutes); `python test_all.py --full-size DIR` writes a random
+16 GB checkpoint in LLaDA-8B's layout (see the README, "Running the real models").
+"""
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import backbone as bb
+import memdlm
+import metastate
+import niah
+import sample
+import train
+from backbone import Backbone, BackboneConfig, LowRank, corrupt, load_backbone, load_tokenizer, masked_loss
+from memdlm import MemDLMConfig
+from metastate import MetaState, MetaStateConfig
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fixtures: a tiny model whose output depends on everything (at initialisation the output projections are zero).
+
+def random_backbone(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Backbone(BackboneConfig(**{"vocab_size": 40, "d_model": 32, "head_dim": 16, "d_ff": 48, **options})).requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(0, 0.3) if p.ndim > 1 else p.uniform_(0.5, 1.5)
+    model.lm_head.weight[model.cfg.mask_id] = 0                             # as trained models do, it never predicts [MASK]
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return random_backbone()
+
+
+@pytest.fixture
+def batch():
+    """x0 (4, 14): rows of different length, padded on the left; the last 6 tokens are the answer."""
+    g = torch.Generator().manual_seed(1)
+    x0, attend = torch.randint(3, 40, (4, 14), generator=g), torch.ones(4, 14, dtype=torch.bool)
+    for row, pads in enumerate([0, 3, 5, 1]):
+        attend[row, :pads] = False
+    given = torch.ones_like(attend)
+    given[:, 8:] = False
+    return train.Batch(x0, given, attend, torch.tensor([0.3, 0.9, 0.6, 1.0]), torch.rand(4, 14, generator=g))
+
+
+MEM = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5)
+
+CONFIGS = {
+    "llada": dict(architectures=["LLaDAModelLM"], model_type="llada", d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=96,
+                  vocab_size=70, embedding_size=80, rms_norm_eps=1e-5, rope_theta=500000.0, rope_full_precision=True, max_sequence_length=128,
+                  mask_token_id=60, eos_token_id=61, block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
+                  weight_tying=False),
+    "dream": dict(architectures=["DreamModel"], model_type="Dream", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, intermediate_size=96, vocab_size=80, rms_norm_eps=1e-6, rope_theta=1000000.0, hidden_act="silu",
+                  max_position_embeddings=128, mask_token_id=60, eos_token_id=61, tie_word_embeddings=False, rope_scaling=None),
+    "llada_moe": dict(architectures=["LLaDAMoEModelLM"], model_type="llada", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=4, expert_intermediate_size=24, num_experts=8, num_experts_per_tok=3, vocab_size=80,
+                      rms_norm_eps=1e-5, rope_theta=50000.0, qk_layernorm=True, max_position_embeddings=128, mask_token_id=60,
+                      eos_token_id=61, moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False),
+}
+REAL = {
+    "llada": dict(CONFIGS["llada"], d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
+                  embedding_size=126464, max_sequence_length=4096, mask_token_id=126336, eos_token_id=126081),
+    "dream": dict(CONFIGS["dream"], hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                  intermediate_size=18944, vocab_size=152064, max_position_embeddings=131072, mask_token_id=151666, eos_token_id=151643),
+    "llada_moe": dict(CONFIGS["llada_moe"], hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
+                      expert_intermediate_size=1024, num_experts=64, num_experts_per_tok=8, vocab_size=157184,
+                      max_position_embeddings=8192, moe_layer_freq=[1] * 16, mask_token_id=None, eos_token_id=156892),
+}
+
+
+def official_keys(family, c):
+    """Key -> shape as the official checkpoints have them, written from the fact sheet, not from backbone.py."""
+    if family == "llada":
+        D, Fd, V = c["d_model"], c["mlp_hidden_size"], c["embedding_size"]
+        keys = {"model.transformer.wte.weight": (V, D), "model.transformer.ln_f.weight": (D,), "model.transformer.ff_out.weight": (V, D)}
+        for i in range(c["n_layers"]):
+            block = f"model.transformer.blocks.{i}."
+            keys |= {block + n + ".weight": (D,) for n in ("attn_norm", "ff_norm")}
+            keys |= {block + n + ".weight": (D, D) for n in ("q_proj", "k_proj", "v_proj", "attn_out")}
+            keys |= {block + "ff_proj.weight": (Fd, D), block + "up_proj.weight": (Fd, D), block + "ff_out.weight": (D, Fd)}
+        return keys
+    D, V, d = c["hidden_size"], c["vocab_size"], c["hidden_size"] // c["num_attention_heads"]
+    kv = c["num_key_value_heads"] * d
+    keys = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        keys |= {layer + n + ".weight": (D,) for n in ("input_layernorm", "post_attention_layernorm")}
+        keys |= {layer + f"self_attn.{x}_proj.weight": (rows, D) for x, rows in zip("qkvo", (D, kv, kv, D))}
+        if family == "dream":
+            keys |= {layer + f"self_attn.{x}_proj.bias": (rows,) for x, rows in zip("qkv", (D, kv, kv))}
+            mlps, Fd = [layer + "mlp."], c["intermediate_size"]
+        else:
+            keys |= {layer + f"self_attn.{x}_norm.weight": (d,) for x in "qk"} | {layer + "mlp.gate.weight": (c["num_experts"], D)}
+            mlps, Fd = [layer + f"mlp.experts.{e}." for e in range(c["num_experts"])], c["expert_intermediate_size"]
+        for mlp in mlps:
+            keys |= {mlp + "gate_proj.weight": (Fd, D), mlp + "up_proj.weight": (Fd, D), mlp + "down_proj.weight": (D, Fd)}
+    return keys
+
+
+def write_checkpoint(folder, family, dtype=torch.float32, **overrides):
+    """A random checkpoint in the official layout, in two shards with an index. Returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, g = {**CONFIGS[family], **overrides}, torch.Generator().manual_seed(0)
+    tensors = {k: (torch.randn(s, generator=g) * 0.2 + (1.0 if len(s) == 1 and k.endswith("weight") else 0.0)).to(dtype)
+               for k, s in official_keys(family, config).items()}
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):             # every second tensor: shards do not follow the layers
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({k: tensors[k] for k in part}, folder / file)
+        weight_map |= {k: file for k in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def independent_model(family, tensors, folder):
+    """The same weights in a model of transformers, which attends fully because it is given an all-zero additive mask."""
+    import transformers
+    c = CONFIGS[family]
+    common = dict(vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, attn_implementation="eager", max_position_embeddings=128)
+    if family == "llada":
+        rename = {"wte": "embed_tokens", "ln_f": "norm", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+                  "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+                  "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
+        state = {".".join(rename.get(part, part) for part in k.replace("transformer.", "").split(".")): v for k, v in tensors.items()}
+        state["lm_head.weight"] = state.pop("model.mlp.down_proj.weight")
+        config = transformers.LlamaConfig(**common, num_key_value_heads=4, intermediate_size=96, rms_norm_eps=1e-5, rope_theta=500000.0)
+        other = transformers.LlamaForCausalLM(config)
+        other.load_state_dict(state)
+    elif family == "dream":
+        config = transformers.Qwen2Config(**common, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-6, rope_theta=1000000.0)
+        other = transformers.Qwen2ForCausalLM(config)
+        other.load_state_dict(tensors)
+    else:
+        config = transformers.Qwen3MoeConfig(**common, num_key_value_heads=4, head_dim=16, moe_intermediate_size=24, num_experts=8,
+                                             num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5, rope_theta=50000.0,
+                                             intermediate_size=24, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[])
+        target = folder / "as_qwen3_moe"
+        target.mkdir()
+        config.save_pretrained(target)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        other = transformers.Qwen3MoeForCausalLM.from_pretrained(target, attn_implementation="eager", dtype=next(iter(tensors.values())).dtype)
+    return other.to(next(iter(tensors.values())).dtype).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. backbone.py
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(tmp_path, family, dtype, tolerance):
+    tensors = write_checkpoint(tmp_path / "checkpoint", family, dtype)
+    model, other = load_backbone(tmp_path / "checkpoint", "cpu"), independent_model(family, tensors, tmp_path)
+    ids = torch.randint(0, 80, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(ids)
+        theirs = other(input_ids=ids, attention_mask=torch.zeros(2, 1, 11, 11, dtype=dtype)).logits
+    if family == "dream":                                                   # the sampler's shift: position 0 keeps its own
+        theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], dim=1)
+    assert model.dtype == dtype
+    error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("family, parameters", [("llada", 8_015_581_184), ("dream", 7_615_616_512), ("llada_moe", 7_356_880_896)])
+def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(family, parameters):
+    cfg = bb.config_from_json(REAL[family])
+    with torch.device("meta"):
+        model = Backbone(cfg)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    ours = {bb.official_name(n, family): tuple(p.shape) for n, p in model.named_parameters()}
+    assert ours == official_keys(family, REAL[family])
+    assert cfg.mask_id == {"llada": 126336, "dream": 151666, "llada_moe": 156895}[family]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(conv_width=0, shift=True, n_kv_heads=1), dict(conv_width=0, n_experts=4, experts_per_token=2, qk_norm=True)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
+    model, row = random_backbone(**options), torch.randint(3, 40, (1, 9))
+    pads = torch.zeros(1, 5, dtype=torch.long)
+    ids = torch.cat([pads, row] if side == "left" else [row, pads], 1)
+    attend = torch.cat([pads.bool(), row >= 0] if side == "left" else [row >= 0, pads.bool()], 1)
+    ids, attend = torch.cat([ids, torch.randint(3, 40, (1, 14))]), torch.cat([attend, torch.ones(1, 14, dtype=torch.bool)])
+    torch.testing.assert_close(model(ids, attend)[0][attend[0]], model(row)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_slices_of_layers_compose_to_the_whole_and_the_head_can_run_on_chosen_positions(model):
+    ids, at = torch.randint(3, 40, (2, 7)), torch.rand(2, 7) < 0.5
+    ctx = model.context(ids)
+    h = model.run(model.run(model.embed(ids), ctx, 0, 2), ctx, 2)
+    assert torch.equal(model.head(h, ctx), model(ids))
+    torch.testing.assert_close(model(ids, at=at), model(ids)[at])
+
+
+def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
+    ids = torch.randint(3, 40, (2, 7))
+    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).bias is None
+
+
+def test_tiny_tokenizer_round_trips_and_names_unknown_words(tmp_path):
+    tokenizer = load_tokenizer("tiny")
+    text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
+    assert tokenizer.decode(bb.encode(tokenizer, text)) == text
+    cfg = BackboneConfig()
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
+    with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
+        bb.encode(tokenizer, "the hello sky world")
+
+
+def test_corrupt_masks_at_rate_t_never_what_is_given_and_nests():
+    x0, g = torch.randint(3, 40, (400, 100)), torch.Generator().manual_seed(0)
+    given, u = torch.rand(400, 100, generator=g) < 0.3, torch.rand(400, 100, generator=g)
+    t = torch.full((400,), 0.4)
+    xt, masked = corrupt(x0, t, given, 1, u)
+    n = (~given).sum()
+    assert abs(masked.sum() / n - 0.4) < 4 * math.sqrt(0.4 * 0.6 / n)
+    assert torch.equal(xt[~masked], x0[~masked]) and (xt[masked] == 1).all() and not (masked & given).any()
+    assert not (masked & ~corrupt(x0, 1.5 * t, given, 1, u)[1]).any()       # the pre-anchor state masks a superset
+    assert torch.equal(corrupt(x0, 1 + 0 * t, given, 1, u)[1], ~given)      # t = 1: all that is not given
+    assert torch.equal(corrupt(x0, 0 * t, given, 1, u)[0], x0)              # t = 0: clean
+
+
+def test_loss_equals_a_hand_computed_case():
+    """Two rows of two tokens, three masked, four maskable; p(x0) = 1/2, 1/4, 1/4; t = 0.5, 1: (2 ln 2 + ln 4 + ln 4) / 4."""
+    x0, masked = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, False], [True, True]])
+    logits = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]]).log()
+    weighted = masked_loss(logits, x0, masked, 1 / torch.tensor([0.5, 1.0]), 4)
+    assert weighted.item() == pytest.approx((2 * math.log(2) + 2 * math.log(4)) / 4)
+    assert masked_loss(logits, x0, masked, torch.ones(2), 4).item() == pytest.approx((math.log(2) + 2 * math.log(4)) / 4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, batch):
+    grads = []
+    for on in (False, True):
+        model.checkpointing = on
+        model.requires_grad_(True).zero_grad()
+        masked_loss(model(batch.x0, batch.attend, ~batch.given), batch.x0, ~batch.given, torch.ones(4), 24).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_checkpoints_survive_a_round_trip_and_bad_ones_are_named(tmp_path):
+    model = random_backbone(vocab_size=0)
+    bb.save_backbone(model, tmp_path / "a", load_tokenizer("tiny"))
+    ids = torch.randint(3, 40, (2, 7))
+    assert torch.equal(load_backbone(tmp_path / "a", "cpu")(ids), model(ids))
+    assert load_tokenizer(tmp_path / "a").mask_token_id == 1
+
+    def broken(change, message, family="llada"):
+        folder = tmp_path / f"broken{len(list(tmp_path.iterdir()))}"
+        tensors = write_checkpoint(folder, family)
+        change(folder, tensors)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_backbone(folder, "cpu")
+
+    def config(**changes):
+        return lambda folder, _: (folder / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
+
+    def truncate(folder, _):
+        shard = folder / "model-00002-of-00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-100])
+
+    def drop(folder, tensors):
+        save_file({k: v for k, v in tensors.items() if "ln_f" not in k}, folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+    broken(truncate, "truncated or corrupted")
+    broken(drop, "missing model.transformer.ln_f.weight")
+    broken(config(n_layers=1), "unexpected model.transformer.blocks.1")
+    broken(config(mlp_hidden_size=95), "has shape")
+    broken(config(weight_tying=True), "weight_tying = True is not supported")
+    broken(config(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported")
+    broken(config(architectures=["LLaDA2MoeModelLM"]), "not supported")
+    broken(lambda folder, _: (folder / "config.json").unlink(), "config.json is missing")
+    broken(lambda folder, _: (folder / "config.json").write_text("{"), "not valid JSON")
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
+        load_backbone(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_adapters_round_trip_in_the_peft_layout_and_equal_merged_weights(tmp_path, family):
+    write_checkpoint(tmp_path / "base", family)
+    model, ids = load_backbone(tmp_path / "base", "cpu").add_lora(4, 8), torch.randint(0, 60, (2, 7))
+    before = model(ids).detach()
+    assert torch.equal(before, load_backbone(tmp_path / "base", "cpu")(ids))  # B = 0: nothing changes
+    torch.manual_seed(0)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            p.data.normal_(0, 0.1)
+    bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    loaded = load_backbone(tmp_path / "adapter", "cpu")
+    assert torch.equal(loaded(ids), model(ids)) and not torch.equal(loaded(ids), before)
+    merged = load_backbone(tmp_path / "base", "cpu")
+    for (name, m), (_, plain) in zip(model.named_modules(), [x for x in merged.named_modules()]):
+        if isinstance(m, bb.Linear) and m.lora_rank:
+            plain.weight.data += 2 * m.lora_B.data @ m.lora_A.data          # alpha / r = 2
+    torch.testing.assert_close(merged(ids), model(ids), atol=1e-4, rtol=1e-4)
+    pattern = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"]
+    linear = {k.removesuffix(".weight") for k, s in official_keys(family, CONFIGS[family]).items() if len(s) == 2 and "wte" not in k and "embed" not in k}
+    head = {"llada": "model.transformer.ff_out"}.get(family, "lm_head")
+    assert {k for k in linear if re.fullmatch(pattern, k)} == linear - {head}  # PEFT matches target_modules with fullmatch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. sample.py, against references written from the description of the official samplers
+
+def reference_llada(model, prompt, gen, steps, block, temperature=0.0, cfg=0.0, remasking="low_confidence"):
+    x = torch.cat([prompt, torch.full((len(prompt), gen), model.cfg.mask_id)], 1)
+    fixed, M = x != model.cfg.mask_id, model.cfg.mask_id
+    for b in range(gen // block):
+        end, S = prompt.shape[1] + (b + 1) * block, steps // (gen // block)
+        n = (x[:, end - block:end] == M).sum(1)
+        for s in range(S):
+            logits = model(x)
+            if cfg > 0:
+                free = model(torch.where(fixed, M, x))
+                logits = free + (cfg + 1) * (logits - free)
+            noisy = logits
+            if temperature > 0:
+                noisy = logits.double().exp() / (-torch.rand_like(logits, dtype=torch.float64).log()) ** temperature
+            token = noisy.argmax(-1)
+            p = logits.softmax(-1).gather(-1, token[..., None])[..., 0] if remasking == "low_confidence" else torch.rand(x.shape)
+            p[:, end:] = -torch.inf
+            p = torch.where(x == M, p, -torch.inf)
+            for row in range(len(x)):
+                top = torch.topk(p[row], int(n[row] // S + (s < n[row] % S))).indices
+                x[row, top] = token[row, top]
+    return x[:, prompt.shape[1]:]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.7), dict(cfg=1.5), dict(remasking="random", temperature=0.5), dict(steps=6, block_length=4),
+                                     dict(steps=6, block_length=12), dict(block_length=3, temperature=0.3, cfg=0.5)])
+def test_llada_sampler_is_token_identical_to_the_official_description(model, options):
+    options = {"gen_length": 12, "steps": 12, "block_length": 6, **options}
+    prompt = torch.randint(3, 40, (3, 5))
+    torch.manual_seed(5)
+    ours = sample.generate(model, prompt, stop_early=False, **options)
+    torch.manual_seed(5)
+    theirs = reference_llada(model, prompt, options["gen_length"], options["steps"], options["block_length"],
+                             *(options.get(k, d) for k, d in (("temperature", 0.0), ("cfg", 0.0), ("remasking", "low_confidence"))))
+    assert torch.equal(ours, theirs)
+
+
+def reference_dream(model, prompt, gen, steps, alg, temperature=0.0, top_p=None, top_k=None, alg_temp=None):
+    M = model.cfg.mask_id
+    x, time = torch.cat([prompt, torch.full((len(prompt), gen), M)], 1), torch.linspace(1, 1e-3, steps + 1)
+    for i in range(steps):
+        masks, t, s = x == M, time[i], time[i + 1]
+        logits = model(x)[masks]
+        move = torch.rand(len(logits)) < (1 - s / t if i < steps - 1 else 1.0) if alg == "origin" else torch.ones(len(logits), dtype=torch.bool)
+        logits = logits[move]
+        if temperature > 0:
+            logits = logits / temperature
+        if top_p is not None:
+            value, index = logits.sort(descending=True)
+            remove = value.softmax(-1).cumsum(-1) > top_p
+            remove[:, 1:], remove[:, 0] = remove[:, :-1].clone(), False
+            for r in range(len(logits)):
+                logits[r, index[r][remove[r]]] = torch.finfo(logits.dtype).min
+        if top_k is not None:
+            logits[logits < logits.topk(top_k).values[:, -1:]] = torch.finfo(logits.dtype).min
+        probs = logits.softmax(-1)
+        token = torch.distributions.Categorical(probs).sample() if temperature > 0 and len(probs) else probs.argmax(-1)
+        if alg == "origin":
+            values = torch.full((len(move),), M)
+            values[move] = token
+            x[masks] = values
+            continue
+        ordered = probs.sort(descending=True).values
+        confidence = {"maskgit_plus": probs.gather(1, token[:, None])[:, 0], "topk_margin": ordered[:, 0] - ordered[:, 1],
+                      "entropy": (probs * (probs + 1e-10).log()).sum(-1)}[alg]
+        number = int(masks.sum() / len(x) * (1 - s / t)) if i < steps - 1 else int(masks.sum() / len(x))
+        full, tokens = torch.full(x.shape, -torch.inf), torch.full(x.shape, M)
+        full[masks], tokens[masks] = confidence, token
+        if number:
+            chosen = torch.multinomial((full / alg_temp).softmax(-1), number) if alg_temp else full.topk(number).indices
+            x.scatter_(1, chosen, tokens.gather(1, chosen))
+    return x[:, prompt.shape[1]:]
+
+
+@pytest.mark.parametrize("alg", sample.DREAM_ORDERS)
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.4, top_p=0.9), dict(temperature=0.4, top_k=5, alg_temp=0.3), dict(top_k=3), dict(steps=5)])
+def test_dream_sampler_is_token_identical_to_the_official_description(alg, options):
+    model, prompt = random_backbone(conv_width=0, shift=True), torch.randint(3, 40, (2, 5))
+    options = {"steps": 10, **options}
+    torch.manual_seed(3)
+    ours = sample.generate(model, prompt, gen_length=10, block_length=10, remasking=alg, stop_early=False, **options)
+    torch.manual_seed(3)
+    assert torch.equal(ours, reference_dream(model, prompt, 10, options.pop("steps"), alg, **options))
+
+
+def test_schedules_equal_the_published_vectors():
+    assert sample.split_evenly(torch.tensor([32]), 12).tolist() == [[3] * 8 + [2] * 4]
+    assert sample.split_evenly(torch.tensor([8]), 12).tolist() == [[1] * 8 + [0] * 4]
+
+    def dream(N, S):                                                        # tokens committed at each step by Dream's fp32 schedule
+        at, counts = torch.ones(1, N, dtype=torch.bool), []
+        for step in range(S):
+            new, _ = sample.choose_dream(torch.randn(int(at.sum()), 5), at, step, S, "entropy", 0.0, None, None, None)
+            counts.append(int(new.sum()))
+            at = at & ~new
+            if not at.any():
+                break
+        return counts
+    assert dream(32, 32) == [0] + [1] * 30 + [2] and dream(128, 128) == [0] + [1] * 126 + [2]
+    assert dream(128, 64) == [1] + [2] * 62 + [3] and dream(128, 32) == [3] + [4] * 30 + [5]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(block_length=3), dict(threshold=0.2), dict(cfg=0.7), dict(remasking="entropy")])
+def test_ragged_prompts_decode_as_each_prompt_alone(model, options):
+    prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 1)]
+    options = {"gen_length": 6, "steps": 6, "block_length": 6, **options}
+    together = sample.generate(model, prompts, **options)
+    assert torch.equal(together, torch.cat([sample.generate(model, [p], **options) for p in prompts]))
+
+
+def test_threshold_decoding_commits_all_sure_tokens_and_at_least_one(model):
+    seen = []
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=8, block_length=8, threshold=0.0, on_step=lambda xt, new, s: seen.append(int(new.sum())))
+    assert seen == [8]                                                      # everything is at least 0 sure: one pass
+    seen.clear()
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=1, block_length=8, threshold=1.1, stop_early=False,
+                    on_step=lambda xt, new, s: seen.append(int(new.sum())))
+    assert seen == [1] * 8
+
+
+def test_end_of_text_can_be_allowed_put_last_or_forbidden_and_ends_a_row(model):
+    eos, prompt = model.cfg.eos_id, torch.randint(3, 40, (4, 5))
+    model.lm_head.weight.data[eos] += 3 * model.lm_head.weight.data[7:20].mean(0)
+
+    class Eager:                                                            # a predictor that wants end-of-text everywhere
+        calls = 0
+
+        def memory(self, backbone, xt, attend, start):
+            def predict(xt, t, state, at):
+                Eager.calls += 1
+                logits = backbone(xt, attend, at)
+                logits[:, eos] = logits.max() + 1 + torch.arange(len(logits)) % 2
+                return logits, state
+            return predict, None
+    settings = dict(gen_length=6, steps=6, block_length=6, memory=Eager().memory)
+    assert (sample.generate(model, prompt, eos="allow", **settings) == eos).all()
+    assert not (sample.generate(model, prompt, eos="forbid", **settings) == eos).any()
+    Eager.calls = 0
+    sample.generate(model, prompt, **{**settings, "block_length": 1, "steps": 6})
+    assert Eager.calls == 1                                                 # all rows ended in the first block
+    assert sample.cut(torch.tensor([5, 6, eos, 9]), model.cfg) == [5, 6]
+    rows = torch.tensor([[5, eos, 1, 9], [5, 1, eos, 9]])                   # a row is done when no mask is left before its end
+    finished, done = sample.finish_rows(rows, 0, model.cfg)
+    assert done.tolist() == [True, False] and finished.tolist() == [[5, eos, eos, eos], [5, 1, eos, 9]]
+
+
+def test_eos_last_takes_stop_tokens_out_of_the_ranking(model):
+    logits, at = torch.randn(6, 40), torch.ones(1, 6, dtype=torch.bool)
+    logits[2, model.cfg.eos_id] = 50.0                                      # by far the surest
+    for last, first in (([], True), ([model.cfg.eos_id], False)):
+        new, token = sample.choose_llada(logits, at, torch.tensor([1]), None, 0.0, "low_confidence", last)
+        assert bool(new[0, 2]) == first and token[0, 2] == model.cfg.eos_id
+
+
+def test_bad_sampler_settings_are_refused_with_advice(model):
+    prompt, good = torch.randint(3, 40, (1, 5)), dict(gen_length=8, steps=8, block_length=8)
+    for bad, message in ((dict(block_length=3), "not a multiple"), (dict(block_length=4, steps=3), "multiple of 2"), (dict(remasking="best"), "unknown remasking"),
+                         (dict(eos="never"), "unknown eos"), (dict(gen_length=5000, block_length=5000), "limit"), (dict(remasking="entropy", block_length=4), "one block")):
+        with pytest.raises(ValueError, match=message):
+            sample.generate(model, prompt, **{**good, **bad})
+    with pytest.raises(ValueError, match="at least one token"):
+        sample.generate(model, [torch.tensor([], dtype=torch.long)], **good)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. memdlm.py
+
+def paper_loop(model, x0, given, attend, t, u, mem, seed):
+    """MemDLM from the paper, one sample at a time, nothing shared: whole forward passes, merged weights, no batch dimension."""
+    losses, phi0 = [], memdlm.init_phi(model, 1, mem, seed)
+    for b in range(len(x0)):
+        row = slice(int((~attend[b]).sum()), None)                          # without its padding
+        x, g, noise = x0[b:b + 1, row], given[b:b + 1, row], u[b:b + 1, row]
+        weights = dict(model.named_parameters())
+        A, B = ({k: getattr(w, n)[0].clone() for k, w in phi0.items()} for n in "AB")
+
+        def ce(A, B, ratio):
+            merged = weights | {k + ".weight": weights[k + ".weight"] + mem.alpha / mem.rank * B[k] @ A[k] for k in A}
+            masked = (noise < ratio) & ~g
+            logits = torch.func.functional_call(model, merged, (x.masked_fill(masked, model.cfg.mask_id),))
+            return F.cross_entropy(logits[masked], x[masked], reduction="sum"), masked.sum() , (~g).sum()
+        for ratio in (min(1.0, mem.s_pre * t[b].item()), t[b].item()):      # pre-anchor, anchor
+            A, B = ({k: v.detach().requires_grad_() for k, v in z.items()} for z in (A, B))
+            total, n, maskable = ce(A, B, ratio)
+            grads = torch.autograd.grad(total / n * maskable / n, [*A.values(), *B.values()])
+            grads = [g * min(1.0, mem.clip / (g.norm().item() + 1e-6)) for g in grads]
+            A = {k: v - mem.inner_lr * g for (k, v), g in zip(A.items(), grads)}
+            B = {k: v - mem.inner_lr * g for (k, v), g in zip(B.items(), grads[len(A):])}
+        total, _, _ = ce({k: v.detach() for k, v in A.items()}, {k: v.detach() for k, v in B.items()}, t[b].item())
+        losses.append(total / t[b])
+    return sum(losses) / (~given).sum()
+
+
+@pytest.mark.parametrize("options, clip", [(dict(), 1.0), (dict(), 0.05), (dict(conv_width=0, n_experts=4, experts_per_token=2), 1.0), (dict(n_layers=12), 1.0)])
+def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(batch, options, clip):
+    model, mem = random_backbone(**options).requires_grad_(True), MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
+    fast = memdlm.loss_memdlm(model, batch.x0, batch.given, batch.attend, batch.t, batch.u, 1 / batch.t, (~batch.given).sum(), mem, 7)
+    slow = paper_loop(model, batch.x0, batch.given, batch.attend, batch.t, batch.u, mem, 7)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    grads = [torch.autograd.grad(loss, [p for n, p in model.named_parameters()], allow_unused=True) for loss in (fast, slow)]
+    for (name, _), a, b in zip(model.named_parameters(), *grads):
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def adapted(model, batch, mem=MEM):
+    return memdlm.adapt_to_prompt(model, batch.x0, batch.attend, batch.given, mem)
+
+
+def test_memory_off_is_the_plain_model_bit_for_bit(model, batch):
+    plain = model(batch.x0, batch.attend)
+    assert torch.equal(model(batch.x0, batch.attend, phi={}), plain)
+    assert torch.equal(model(batch.x0, batch.attend, phi=memdlm.init_phi(model, 4, MEM)), plain)  # phi_0: B = 0
+
+
+def test_inner_lr_zero_changes_nothing_and_a_positive_one_does(model, batch):
+    plain = model(batch.x0, batch.attend)
+    assert torch.equal(model(batch.x0, batch.attend, phi=adapted(model, batch, MemDLMConfig(rank=4, inner_lr=0.0))), plain)
+    assert not torch.allclose(model(batch.x0, batch.attend, phi=adapted(model, batch)), plain, atol=1e-3)
+
+
+def test_one_samples_phi_never_moves_another_samples_logits(model, batch):
+    before = model(batch.x0, batch.attend, phi=adapted(model, batch))
+    other = batch._replace(x0=batch.x0.clone())
+    other.x0[0, :8] = torch.randint(3, 40, (8,))
+    after = model(batch.x0, batch.attend, phi=adapted(model, other))
+    assert torch.equal(before[1:], after[1:]) and not torch.allclose(before[0], after[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(conv_width=0, n_experts=4, experts_per_token=2)])
+def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
+    model = random_backbone(**options)
+    together = adapted(model, batch)
+    for row in range(4):
+        pads = int((~batch.attend[row]).sum())
+        alone = memdlm.adapt_to_prompt(model, batch.x0[row:row + 1, pads:], None, batch.given[row:row + 1, pads:], MEM)
+        for name in alone:
+            torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5, rtol=1e-3)
+
+
+def test_clipping_is_per_tensor_and_per_sample(model, batch):
+    phi, clip = memdlm.init_phi(model, 4, MEM), 0.01
+    masked = ~batch.given
+    ctx = model.context(batch.x0, batch.attend)
+    h = model.run(model.embed(batch.x0.masked_fill(masked, 1)), ctx, 0, 2)
+    new = memdlm.inner_step(model, phi, h, ctx, batch.x0, masked, torch.ones(4), MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip))
+    for name, w in new.items():                                             # every gradient here is larger than the clip
+        torch.testing.assert_close((w.B - phi[name].B).flatten(1).norm(dim=1), torch.full((4,), clip), rtol=1e-3, atol=0)
+
+
+def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers():
+    for N, first in ((3, 2), (10, 9), (12, 10), (16, 14), (20, 18), (28, 25), (32, 28)):
+        model = random_backbone(n_layers=N)
+        assert memdlm.first_fast_layer(model, MEM) == first
+        assert set(memdlm.init_phi(model, 1, MEM)) == {f"layers.{i}.ffn.{m}" for i in range(first, N) for m in ("gate", "up", "down")}
+
+
+def test_exposure_bias_is_one_while_nothing_is_revealed_and_for_a_model_that_ignores_context(model, batch):
+    rows = memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, sample.no_memory)
+    assert len(rows) == 6 and rows[0]["published_ratio"] == rows[0]["clean_ratio"] == 1.0
+    assert any(abs(r["clean_ratio"] - 1) > 1e-3 for r in rows[1:])
+
+    def blind(backbone, xt, attend, start):
+        return lambda xt, t, state, at: (torch.zeros(int(at.sum()), 40), None), None
+    assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, blind))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. metastate.py
+
+@pytest.fixture
+def meta(model):
+    torch.manual_seed(0)
+    return MetaState(model.cfg, MetaStateConfig(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16))
+
+
+def trained_meta(model, **options):
+    """Random weights everywhere, so that the zero-initialised parts act."""
+    torch.manual_seed(0)
+    meta = MetaState(model.cfg, MetaStateConfig(**{"num_slots": 4, "slot_dim": 16, "slot_heads": 2, "cond_dim": 16, **options}))
+    for p in meta.parameters():
+        p.data.normal_(0, 0.3)
+    return meta
+
+
+def two_steps(model, meta, batch):
+    ctx, at, slots, out = model.context(batch.x0, batch.attend), ~batch.given, None, []
+    xt = batch.x0.masked_fill(at, 1)
+    for _ in range(2):
+        logits, slots, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
+        out.append(logits)
+    return out
+
+
+def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, meta, batch):
+    plain = model(batch.x0.masked_fill(~batch.given, 1), batch.attend, ~batch.given)
+    assert all(torch.equal(logits, plain) for logits in two_steps(model, meta, batch))
+
+
+def test_updater_equals_torch_grucell(meta):
+    cell, read, slots = torch.nn.GRUCell(16, 16), torch.randn(5, 16), torch.randn(5, 16)
+    cell.load_state_dict({"weight_ih": meta.updater.x.weight, "bias_ih": meta.updater.x.bias,
+                          "weight_hh": meta.updater.s.weight, "bias_hh": meta.updater.s.bias})
+    torch.testing.assert_close(meta.updater.gates(read, slots), cell(read, slots))
+
+
+def test_memory_reaches_the_next_steps_loss_and_reset_cuts_it(model, batch):
+    for memory, persists in (("slots", True), ("reset", False), ("feedback", True)):
+        first, second = two_steps(model, trained_meta(model, memory=memory), batch)
+        assert torch.equal(first, second) != persists
+    for memory in ("slots", "reset"):
+        meta = trained_meta(model, memory=memory)
+        two_steps(model, meta, batch)[1].sum().backward()
+        grad = meta.updater.x.weight.grad
+        assert (grad is not None and grad.abs().max() > 0) == (memory == "slots")
+
+
+def test_the_backbone_gets_no_gradient_and_every_module_does(model, batch):
+    meta, before = trained_meta(model), {n: p.clone() for n, p in model.named_parameters()}
+    loss = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.t, torch.zeros(4, dtype=torch.bool), 3, 0, batch.u, 4)
+    loss.backward()
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in meta.parameters())
+
+
+def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
+    """Rows alone, one state after the other: mean over a row's masked tokens, over rows, over steps; reveal the surest."""
+    meta = trained_meta(model)
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, torch.ones(4), torch.tensor([False, True, False, False]), 3, 0, batch.u, 4)
+    total = 0.0
+    for b in range(4):
+        pads = int((~batch.attend[b]).sum())
+        x, slots, masked = batch.x0[b:b + 1, pads:], None, ~batch.given[b:b + 1, pads:]
+        for k in range(3):
+            xt = x.masked_fill(masked, 1)
+            logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots, masked, 8 - pads)
+            total = total + F.cross_entropy(logits, x[masked]) / 12
+            if b != 1:
+                masked = masked.clone()
+                masked[0, masked[0].nonzero()[logits.softmax(-1).max(-1).values.argmax(), 0]] = False
+    torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
+def test_metastate_rows_do_not_depend_on_batch_order_or_padding(model, options):
+    meta, prompts = trained_meta(model), [torch.randint(3, 40, (n,)) for n in (4, 9, 2)]
+    settings = {"gen_length": 6, "steps": 6, "block_length": 6, "memory": meta.memory(), **options}
+    together = sample.generate(model, prompts, **settings)
+    assert torch.equal(together, torch.cat([sample.generate(model, [p], **settings) for p in prompts]))
+    assert torch.equal(together.flip(0), sample.generate(model, prompts[::-1], **settings))
+
+
+def test_slots_have_the_same_shape_at_any_length(model, meta):
+    shapes = []
+    for L in (10, 200):
+        xt = torch.randint(3, 40, (2, L))
+        shapes.append(meta.step(model, model.context(xt), xt, torch.ones(2), None, xt > 20, L - 5)[1].shape)
+    assert shapes[0] == shapes[1] == (2, 4, 16)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_metastate_adds_half_a_percent_of_parameters_and_of_time_at_the_real_sizes(family):
+    cfg = bb.config_from_json(REAL[family])
+    with torch.device("meta"):
+        meta_cfg = metastate.for_backbone(cfg)
+        meta, model = MetaState(cfg, meta_cfg), Backbone(cfg)
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    assert 0.005 < size(meta) / size(model) < 0.007
+    # FLOPs per token: 2 per weight it passes through; the slots' own matrices work on M tokens instead of L = 1024
+    per_token = 2 * (meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel() + meta.injector.q.weight.numel() + meta.injector.o.weight.numel())
+    scores = 2 * 2 * 2 * meta_cfg.num_slots * meta_cfg.slot_dim
+    assert (per_token + scores + 2 * size(meta) * meta_cfg.num_slots / 1024) / (2 * (size(model) - cfg.vocab_size * cfg.d_model)) < 0.05
+
+
+def test_a_metastate_checkpoint_knows_its_backbone(tmp_path):
+    model = random_backbone(vocab_size=0)
+    bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
+    meta = trained_meta(model)
+    metastate.save(meta, tmp_path / "meta", tmp_path / "base", model)
+    loaded, base, _ = metastate.load(tmp_path / "meta", "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), loaded.parameters()))
+    _, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
+    assert list(arms) == ["frozen", "reset", "slots", "both"]
+    bb.save_backbone(random_backbone(seed=1, vocab_size=0), tmp_path / "base")
+    with pytest.raises(ValueError, match="another backbone"):
+        metastate.load(tmp_path / "meta", "cpu")
+
+
+def test_impossible_metastate_settings_are_refused():
+    for bad, message in ((dict(slot_heads=3), "multiple of slot_heads"), (dict(inject_layer=3), "layers 0..2"), (dict(read_layer=5), "layers 0..2"),
+                         (dict(inject_layer=2, read_layer=0), "must not come after"), (dict(num_slots=0), "at least 1"), (dict(memory="x"), "unknown memory")):
+        with pytest.raises(ValueError, match=message):
+            MetaStateConfig(**bad).check(3)
