@@ -716,3 +716,217 @@ def test_impossible_metastate_settings_are_refused():
                          (dict(inject_layer=2, read_layer=0), "must not come after"), (dict(num_slots=0), "at least 1"), (dict(memory="x"), "unknown memory")):
         with pytest.raises(ValueError, match=message):
             MetaStateConfig(**bad).check(3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. niah.py
+
+@pytest.mark.parametrize("task", niah.TASKS)
+@pytest.mark.parametrize("length", [0, 64, 256])
+def test_tasks_fit_their_length_hold_their_needles_once_and_stay_in_the_vocabulary(task, length):
+    vocabulary = bb.tiny_vocabulary()
+    for s in niah.make_samples([task], length, 50, 0, "eval"):
+        n = len(s.prompt.split())
+        assert n <= max(length, 56) and (n > 0.75 * length) and all(w in vocabulary for w in (s.prompt + " " + s.answer).split())
+        assert niah.recall(s.refs, s.answer) == 1.0 and 0 < s.chance <= 1 and 0 <= s.depth <= 1
+        if task in ("single", "multikey", "multivalue"):
+            key = s.prompt.split()[-2]
+            assert re.findall(rf"{key} = (\w+) \.", s.prompt) == s.refs     # each needle once, in the order of the answer
+
+
+def test_variable_tracking_can_be_solved_by_following_the_chain():
+    for task, hops in (("tracking", 2), ("tracking4", 4)):
+        for s in niah.make_samples([task], 64, 50, 0, "eval"):
+            holds = {value: name for name, value in re.findall(r"(\w+) = (\w+) \.", s.prompt)}
+            names, word = [], s.prompt.split()[-1]
+            while word in holds:
+                word = holds[word]
+                names.append(word)
+            assert names == s.refs == s.answer.split() and len(names) == hops + 1
+
+
+def test_stories_can_be_solved_by_replaying_them():
+    for s in niah.make_samples(["stories"], 64, 100, 0, "eval"):
+        place, holder = {}, {}
+        for who, did, what in re.findall(r"(\w+) (moved|took) (\w+) \.", s.prompt):
+            (place if did == "moved" else holder)[who if did == "moved" else what] = what if did == "moved" else who
+        who = holder[s.prompt.split()[-1]]
+        assert s.answer == f"{who} {place[who]}" and s.refs == [place[who]]
+
+
+def test_common_words_are_the_most_frequent_ones():
+    for s in niah.make_samples(["common"], 64, 50, 0, "eval"):
+        words = s.prompt.split()[1:-3]
+        assert set(sorted(set(words), key=words.count)[-3:]) == set(s.refs)
+
+
+def test_pairs_of_the_evaluation_never_occur_in_training():
+    pairs = {split: {p for s in niah.make_samples(["multikey", "multivalue", "tracking4"], 64, 1500, 0, split)
+                     for p in re.findall(r"(\w+) = (\w+) \.", s.prompt) if not (p[1].isdigit() and "? =" in s.prompt)}
+             for split in ("train", "eval")}
+    links = {split: {(b, a) if not b.isdigit() else (a, b) for a, b in p} for split, p in pairs.items()}
+    assert len(links["train"]) > 1000 and len(links["eval"]) > 300 and not links["train"] & links["eval"]
+
+
+def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
+    assert niah.make_samples(list(niah.TASKS), 64, 20, 3) == niah.make_samples(list(niah.TASKS), 64, 20, 3)
+    assert niah.make_samples(list(niah.TASKS), 64, 20, 3) != niah.make_samples(list(niah.TASKS), 64, 20, 4)
+
+
+def test_recall_is_rulers_and_chance_is_what_a_guesser_gets():
+    assert niah.recall(["47", "Blue"], "it is BLUE .") == 0.5
+    import random
+    rng, hits, chance = random.Random(0), [], []
+    for s in niah.make_samples(["multikey"], 64, 2000, 0, "eval"):          # guess one of the values in the text
+        hits.append(niah.recall(s.refs, rng.choice(re.findall(r"= (\w+) \.", s.prompt))))
+        chance.append(s.chance)
+    assert abs(sum(hits) - sum(chance)) / 2000 < 4 * 0.5 / 2000 ** 0.5 and set(chance) == {0.25}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. train.py
+
+SMALL = ["--n_eval", "2", "--batch_size", "4", "--context", "32", "--lr", "1e-3"]
+
+
+def run_train(*argv):
+    """train.py's main() in this process."""
+    sys.argv = ["train.py", *map(str, argv)]
+    train.main()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with a 2-step pretrained backbone in runs/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setitem(train.DEFAULTS, "pretrain", (2, 4, 1e-3, 0.3))
+    return tmp_path
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("method, options", [("mdlm", []), ("memdlm", []), ("metastate", ["--unroll", "2"])])
+def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, monkeypatch, method, options):
+    common = ["--method", method, "--steps", 5, "--save_every", 2, *SMALL, *options]
+    run_train(*common, "--out", "whole")
+    update, calls = train.Run.update, []
+
+    def killed(self, step, loss):
+        calls.append(step)
+        if step == 3:
+            raise KeyboardInterrupt                                         # after the log of step 2, before the checkpoint of step 4
+        update(self, step, loss)
+    monkeypatch.setattr(train.Run, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(*common, "--out", "parts")
+    monkeypatch.setattr(train.Run, "update", update)
+    run_train(*common, "--out", "parts", "--resume")
+    whole, parts = weights_of("whole"), weights_of("parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    logs = [[{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in Path(f"{o}/log.jsonl").read_text().splitlines()] for o in ("whole", "parts")]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(5))
+
+
+@pytest.mark.parametrize("method", ["mdlm", "memdlm", "metastate"])
+def test_gradient_accumulation_equals_one_large_batch(here, method):
+    options = ["--method", method, "--steps", 1, "--n_eval", 0, "--context", 32, "--unroll", 2]
+    run_train(*options, "--batch_size", 6, "--out", "one")
+    run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
+    losses = [json.loads(Path(f"{o}/log.jsonl").read_text())["loss"] for o in ("one", "three")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
+    write_checkpoint(here / "base", "llada", **{"vocab_size": 139, "embedding_size": 139, "mask_token_id": 1, "eos_token_id": 2})
+    load_tokenizer("tiny").save_pretrained(here / "base")
+    rows = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in niah.make_samples(["multikey"], 40, 40, 0)]
+    Path("data.jsonl").write_text("\n".join(rows))
+    options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", "3", "--lr", "1e-2", "--lora", "4", "--rank", "4",
+               "--n_eval", "0", "--max_len", "64", "--device", "cpu"]
+    run_train(*options, "--batch_size", 4, "--out", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", str(HERE / "train.py"), *options,
+                    "--batch_size", "2", "--out", "two"], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    losses = [[json.loads(row)["loss"] for row in Path(f"{o}/log.jsonl").read_text().splitlines()] for o in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
+    for k, v in weights_of("one").items():
+        torch.testing.assert_close(v, weights_of("two")[k], atol=1e-4, rtol=1e-3)
+
+
+def test_jsonl_and_chat_data_train_and_bad_lines_are_named_with_file_and_line(here):
+    good = ['{"prompt": "river = 47 . ? river =", "response": "47"}',
+            '{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, {"role": "assistant", "content": "12"}]}'] * 4
+    Path("good.jsonl").write_text("\n".join(good))
+    run_train("--method", "mdlm", "--data", "good.jsonl", "--steps", 1, *SMALL, "--n_eval", 0)
+    tokenizer, cfg = load_tokenizer("tiny"), BackboneConfig()
+    assert len(train.read_jsonl("good.jsonl", tokenizer, cfg, 64)) == 8
+    for bad, message in (('{"prompt": "river', "not valid JSON"), ('["river"]', "expected an object"), ('{"prompt": "river"}', "expected {"),
+                         ('{"prompt": "river", "response": " "}', "response is empty"), ('{"prompt": "", "response": "47"}', "prompt is empty"),
+                         ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"), ('{"messages": []}', "at least two"),
+                         ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}', "last message is the assistant's")):
+        Path("bad.jsonl").write_text(good[0] + "\n" + bad)
+        with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
+            train.read_jsonl("bad.jsonl", tokenizer, cfg, 64)
+    with pytest.raises(ValueError, match="0 usable examples"):
+        train.read_jsonl("good.jsonl", tokenizer, cfg, 3)
+
+
+def test_bad_command_lines_end_with_one_message_before_any_work(here, capsys):
+    run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
+    before = {f: f.read_bytes() for f in Path("taken").iterdir()}
+    for argv, message in ((["--out", "taken"], "exists already"), (["--init", "nowhere"], "no checkpoint folder"), (["--steps", "0"], "at least 1"),
+                          (["--data", "none.jsonl"], "no such file"), (["--lr", "-1"], "positive number"), (["--prompt_ratio", "2"], "between 0 and 1"),
+                          (["--inner_on", "both"], "response or prompt"), (["--out", "taken", "--resume"], "belongs to another run"),
+                          (["--method", "metastate", "--unroll", "99"], "99 denoising steps"), (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")):
+        with pytest.raises((ValueError, OSError), match=message):
+            run_train("--method", "mdlm", *SMALL, *argv)
+    for argv in (["--method", "magic"], ["--magic", "1"], ["--tasks", "magic"], ["--steps", "many"]):
+        with pytest.raises(SystemExit) as e:
+            run_train(*argv)
+        assert e.value.code == 2
+    assert {f: f.read_bytes() for f in Path("taken").iterdir()} == before
+
+
+def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
+    with pytest.raises(ValueError, match="the loss is nan at step .* seed 0"):
+        run_train("--method", "mdlm", "--steps", 20, "--save_every", 1, *SMALL, "--lr", "1e30")
+    load_backbone("runs/mdlm", "cpu")
+
+
+def test_memory_is_estimated_and_an_impossible_run_is_refused(here, capsys):
+    llada = bb.config_from_json(REAL["llada"])
+    parts = train.estimate(llada, "metastate", 1, 1024, 0, 1.0, meta_cfg=metastate.for_backbone(llada))
+    assert parts["weights"] == 16_031_162_368 and sum(parts.values()) < 80e9
+    with pytest.raises(ValueError, match="more memory than"):
+        run_train("--method", "mdlm", *SMALL, "--batch_size", 10 ** 9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The card and the README
+
+FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py", "test_all.py"]
+
+
+def test_only_the_five_packages_and_what_transformers_brings_are_imported():
+    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest", "safetensors", "huggingface_hub", "tokenizers"} | set(sys.stdlib_module_names)
+    for file in FILES:
+        for node in ast.walk(ast.parse((HERE / file).read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed | {f[:-3] for f in FILES}, file
+
+
+def test_no_code_from_a_checkpoint_is_ever_run():
+    for file in FILES[:-1]:
+        text = (HERE / file).read_text()
+        assert "trust_remote_code=True" not in text and text.count("torch.load(") == text.count("weights_only=True")
+
+
+def test_every_equation_named_in_a_header_points_to_a_function_that_has_it():
+    for file, module in (("memdlm.py", memdlm), ("metastate.py", metastate), ("backbone.py", bb)):
+        for line in ast.get_docstring(ast.parse((HERE / file).read_text())).splitlines():
+            if line.startswith("Equations"):
+                for name in re.findall(r"-> (\w+)", line):
+                    assert hasattr(module, name) or any(hasattr(c, name) for c in vars(module).values() if isinstance(c, type)), (file, name)
