@@ -181,16 +181,20 @@ class MetaState(nn.Module):
             self.feedback = Feedback(backbone_cfg.d_model, cfg)
         else:
             self.s0 = nn.Parameter(torch.randn(cfg.num_slots, cfg.slot_dim))
-            self.own = nn.Parameter(PLACE*sinusoid(torch.arange(cfg.num_slots), cfg.slot_dim, longest=1000))
+            self.own = nn.Parameter(self.place_code(torch.arange(cfg.num_slots)))
             self.mixer, self.updater = Mixer(backbone_cfg.d_model, cfg), Updater(cfg)
             self.injector = Injector(backbone_cfg.d_model, cfg)
+
+    def place_code(self, offset):
+        """The same code for each head: (...) -> (..., S). Scaled so that at the start a head looks at one position, not at all."""
+        return PLACE * sinusoid(offset, self.cfg.slot_dim // self.cfg.slot_heads, longest=256).tile(self.cfg.slot_heads)
 
     def step(self, backbone, ctx, xt, t, slots, at, start, phi={}):
         """One denoising step with memory. xt (B, L); t (B,); slots (B, M, S) or None for s_0; at (B, L) where logits are wanted;
         start: index of the first answer token; phi: MemDLM's fast weights, when both memories are used.
         Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
         c, weights = self.time(t), None
-        place = sinusoid(torch.arange(xt.shape[1], device=xt.device)[None] - start, self.cfg.slot_dim, longest=1000) * PLACE
+        place = self.place_code(torch.arange(xt.shape[1], device=xt.device)[None] - start)                     # (1, L, S)
         with torch.no_grad():                                               # the same for every memory: no gradient needed
             h = backbone.run(backbone.embed(xt), ctx, 0, self.cfg.inject_layer, phi)
         # inject what the previous step left

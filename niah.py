@@ -163,17 +163,16 @@ def stories(rng, length, split, count):
     object moves with its holder, facts keep their order between filler sentences. Dropped: putting objects down. The answer
     names the holder, then the place (the place alone was not learned in minutes); only the place is scored."""
     place, holder, facts = {}, {}, []
-    while len(facts) < 8 or not holder:
-        who = rng.choice(PEOPLE)
-        if who in place and rng.random() < 0.3:
-            thing = rng.choice(OBJECTS)
-            if thing in holder:
-                continue
+    while len(facts) < 8:
+        who, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
+        if who in place and thing not in holder and (rng.random() < 0.3 or len(facts) == 7 and not holder):
             holder[thing] = who
             facts.append(f"{who} took {thing} .")
         else:
             place[who] = rng.choice([p for p in PLACES if p != place.get(who)])
             facts.append(f"{who} moved {place[who]} .")
+    if not holder:
+        raise LookupError("nothing was taken")
     asked = rng.choice(sorted(holder))
     who = holder[asked]
     text, depths = hide(rng, facts, f"? where {asked}", length, count)
