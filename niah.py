@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from backbone import (FILLER_ADJECTIVES, FILLER_NOUNS, KEYS, OBJECTS, PEOPLE, PLACES, VALUES, cli, encode, encode_prompt)
-from sample import cut, generate, load_arms
+from sample import cut, generate, left_pad, load_arms
 
 
 @dataclass
@@ -240,35 +240,64 @@ def paired(values, baseline):
     return interval([a - b for a, b in zip(values, baseline)])
 
 
-def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=BUDGET, steps=None, **columns):
-    """Every arm on the same samples. Returns rows {task, length, arm, depth, output, recall, exact, ...}, one a sample, and
-    appends them to the JSONL file `out`."""
+def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=BUDGET, steps=(None,), **columns):
+    """Every arm on the same samples. Returns rows {task, length, steps, arm, depth, output, recall, exact, ...}, one a sample,
+    and appends them to the JSONL file `out`."""
     count, rows = token_counter(tokenizer, backbone.cfg), []
-    bar = tqdm(total=len(tasks) * len(lengths) * len(arms) * n, desc="niah", unit="sample", leave=False)
+    bar = tqdm(total=len(tasks) * len(lengths) * len(arms) * len(steps) * n, desc="niah", unit="sample", leave=False)
     for task in tasks:
         for length in lengths:
             samples = make_samples([task], length, n, seed, "eval", count)
             for arm, memory in arms.items():
-                budget = max(1, 6400 // max(64, length))                    # long texts in smaller batches
-                for sample, result in zip(samples, run_arm(backbone, tokenizer, samples, memory, budget, gen_length, steps, bar)):
-                    rows.append({**columns, "arm": arm, "seed": seed, **asdict(sample), **result})
+                for passes in (p or gen_length for p in steps):
+                    size = max(1, 6400 // max(64, length))                  # long texts in smaller batches
+                    results = run_arm(backbone, tokenizer, samples, memory, size, gen_length, passes, bar)
+                    rows += [{**columns, "arm": arm, "steps": passes, "seed": seed, **asdict(s), **r} for s, r in zip(samples, results)]
     bar.close()
-    if out:
-        with open(out, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+    append_jsonl(out, rows)
     return rows
 
 
-def table(rows, metric="recall"):
-    """Tasks x lengths, one line per task and arm: mean +- half the 95 % interval in %, chance beside it."""
-    lengths = sorted({r["length"] for r in rows})
-    lines = [f"{metric:<12}{'arm':<11}" + "".join(f"{L:>14}" for L in lengths) + "      chance"]
+def append_jsonl(path, rows):
+    if path:
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@torch.no_grad()
+def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=None):
+    """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the same, fully masked answer, then
+    all tokens committed at once. A frozen model computes the same logits every time; with slots a pass can use the last one.
+
+    Returns rows {task, arm, steps = number of passes, recall, exact}, one a sample."""
+    rows, cfg = [], backbone.cfg
+    for task in tasks:
+        samples = make_samples([task], length, n, seed, "eval", token_counter(tokenizer, cfg))
+        prompts, attend = left_pad([torch.tensor(encode_prompt(tokenizer, cfg, s.prompt)) for s in samples], cfg.pad_id, backbone.device)
+        xt = torch.cat([prompts, torch.full((n, BUDGET), cfg.mask_id, device=prompts.device)], dim=1)
+        attend, start = torch.cat([attend, torch.ones(n, BUDGET, dtype=torch.bool, device=attend.device)], dim=1), prompts.shape[1]
+        for arm, memory in arms.items():
+            predict, state = memory(backbone, xt, attend, start)
+            for p in range(1, passes + 1):
+                logits, state = predict(xt, torch.ones(n, device=xt.device), state, xt == cfg.mask_id)
+                for s, row in zip(samples, logits.view(n, BUDGET, -1).argmax(-1)):
+                    output = tokenizer.decode(cut(row, cfg))
+                    rows.append({"arm": arm, "steps": p, "seed": seed, **asdict(s), "output": output, "recall": recall(s.refs, output),
+                                 "exact": float(output.split() == s.answer.split())})
+    append_jsonl(out, rows)
+    return rows
+
+
+def table(rows, metric="recall", by="length"):
+    """Tasks x lengths (or by="steps": x forward passes), one line per task and arm: mean +- half the 95 % interval, in %."""
+    columns = sorted({r[by] for r in rows})
+    lines = [f"{metric + ' by ' + by:<18}{'arm':<9}" + "".join(f"{c:>14}" for c in columns) + ("      chance" if metric == "recall" else "")]
     for task in dict.fromkeys(r["task"] for r in rows):
         for arm in dict.fromkeys(r["arm"] for r in rows):
-            cells = [[r for r in rows if (r["task"], r["arm"], r["length"]) == (task, arm, L)] for L in lengths]
+            cells = [[r for r in rows if (r["task"], r["arm"], r[by]) == (task, arm, c)] for c in columns]
             stats = [interval([r[metric] for r in cell]) for cell in cells]
             chance = 100 * sum(r["chance"] for r in cells[0]) / len(cells[0])
-            lines.append(f"{task:<12}{arm:<11}" + "".join(f"{100 * m:>8.1f} ±{100 * w:>4.1f}" for m, w in stats)
+            lines.append(f"{task:<18}{arm:<9}" + "".join(f"{100 * m:>8.1f} ±{100 * w:>4.1f}" for m, w in stats)
                          + (f"{chance:>12.1f}" if metric == "recall" else ""))
     return "\n".join(lines)
 
@@ -297,7 +326,8 @@ def main():
     parser.add_argument("--n", type=int, default=100, help="samples per cell")
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation texts")
     parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: one per answer token)")
+    parser.add_argument("--steps", nargs="+", type=int, default=[None], help="denoising steps (default: one per answer token); several: a table by steps")
+    parser.add_argument("--passes", type=int, help="instead: recall after 1..PASSES passes over an unchanged, fully masked answer")
     parser.add_argument("--arms", nargs="+", help="only these arms (default: all that the checkpoint has)")
     parser.add_argument("--metric", choices=["recall", "exact"], default="recall", help="recall: RULER's; exact: order and number count")
     parser.add_argument("--out", help="JSONL of every sample's output (default: CHECKPOINT/niah.jsonl, or niah.jsonl here for a hub name)")
@@ -313,11 +343,17 @@ def main():
     if max(args.lengths) + args.gen_length > backbone.cfg.max_len:
         raise ValueError(f"length {max(args.lengths)} + {args.gen_length} exceeds the model's limit of {backbone.cfg.max_len}")
     out = args.out or (Path(args.checkpoint) / "niah.jsonl" if Path(args.checkpoint).is_dir() else "niah.jsonl")
-    rows = evaluate(backbone, tokenizer, arms, args.tasks, args.lengths, args.n, args.seed, out, args.gen_length, args.steps,
-                    checkpoint=args.checkpoint)
-    print(table(rows, args.metric))
+    by_steps = len(args.steps) > 1 or args.passes
+    if by_steps and len(args.lengths) > 1:
+        raise ValueError("--passes and several --steps need one length, for example --lengths 64")
+    if args.passes:
+        rows = recompute(backbone, tokenizer, arms, args.tasks, args.lengths[0], args.n, args.seed, args.passes, out)
+    else:
+        rows = evaluate(backbone, tokenizer, arms, args.tasks, args.lengths, args.n, args.seed, out, args.gen_length, args.steps,
+                        checkpoint=args.checkpoint)
+    print(table(rows, args.metric, "steps" if by_steps else "length"))
     needle_rows = [r for r in rows if r["task"] in ("single", "multikey")]
-    if needle_rows:
+    if needle_rows and not by_steps:
         print("\nrecall by needle depth and length (single, multikey), %")
         for arm in arms:
             print(depth_grid(needle_rows, arm, sys.stdout.isatty()))

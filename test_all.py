@@ -930,3 +930,42 @@ def test_every_equation_named_in_a_header_points_to_a_function_that_has_it():
             if line.startswith("Equations"):
                 for name in re.findall(r"-> (\w+)", line):
                     assert hasattr(module, name) or any(hasattr(c, name) for c in vars(module).values() if isinstance(c, type)), (file, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. By hand: the learning run, and a checkpoint of the real size.
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: SLOW=1 python -m pytest -q test_all.py -k learns")
+def test_metastate_learns_to_use_a_second_pass_over_an_unchanged_canvas(tmp_path, monkeypatch):
+    """The default run; recall after two passes beats the frozen backbone's by 10 points or more (it is flat by construction)."""
+    monkeypatch.chdir(tmp_path)
+    run_train("--method", "metastate")
+    backbone, tokenizer, arms = sample.load_arms("runs/metastate", "cpu")
+    rows = niah.recompute(backbone, tokenizer, arms, ["tracking4"], 0, 500, 2, 2)
+    recall = {key: sum(r["recall"] for r in rows if (r["arm"], r["steps"]) == key) / 500 for key in (("frozen", 1), ("frozen", 2), ("slots", 2))}
+    assert recall["frozen", 1] == recall["frozen", 2] and recall["slots", 2] > recall["frozen", 2] + 0.1
+
+
+def write_full_size(folder):
+    """A random bf16 checkpoint in LLaDA-8B's true layout: 291 tensors, six shards grouped by kind of tensor, 16.0 GB."""
+    folder.mkdir(parents=True)
+    keys, weight_map, g = official_keys("llada", REAL["llada"]), {}, torch.Generator().manual_seed(0)
+    kinds = [("wte", "ln_f", "attn_out"), ("blocks.*ff_out", "ff_out"), ("norm", "q_proj"), ("k_proj", "v_proj"), ("ff_proj",), ("up_proj",)]
+    left = dict(keys)
+    for number, patterns in enumerate(kinds, 1):
+        part = {k: s for k, s in left.items() if any(re.search(p, k) for p in patterns)}
+        left = {k: s for k, s in left.items() if k not in part}
+        tensors = {k: torch.ones(s, dtype=torch.bfloat16) if len(s) == 1 else torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=g)
+                   for k, s in part.items()}
+        file = f"model-{number:05}-of-00006.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+        print(file, len(part), "tensors", flush=True)
+    assert not left
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(REAL["llada"]))
+    load_tokenizer("tiny").save_pretrained(folder)                          # stands in: its words are ids below 139
+
+
+if __name__ == "__main__":                                                  # python test_all.py --full-size DIR
+    write_full_size(Path(sys.argv[sys.argv.index("--full-size") + 1]))

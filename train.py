@@ -39,7 +39,7 @@ from backbone import (Backbone, BackboneConfig, cli, config_from_json, corrupt, 
                       write_atomically)
 from memdlm import MemDLMConfig
 from metastate import MetaState, MetaStateConfig
-from sample import no_memory, peak_memory
+from sample import generate, no_memory, peak_memory
 
 
 def option(default, text, **more):
@@ -640,8 +640,11 @@ def report(run):
         print(f"\nheld-out loss: memory off {run.held_out_loss('off'):.3f}, adapted to the prompt {run.held_out_loss('prompt'):.3f}"
               f"   (leaky, fitted to the scored tokens: {run.held_out_loss('leak'):.3f}; an upper bound, no result)")
     if cfg.n_eval:
+        if run.meta is not None:
+            rows = niah.recompute(run.backbone, run.tokenizer, arms, cfg.tasks, 0, cfg.n_eval, 1, 6, run.out / "niah.jsonl")
+            print("\npasses over an unchanged, fully masked answer, then one commit\n" + niah.table(rows, by="steps") + "\n\ndecoding")
         rows = niah.evaluate(run.backbone, run.tokenizer, arms, cfg.tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl", method=cfg.method)
-        print(niah.table(rows), f"\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
+        print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
           f"  python sample.py --checkpoint {cfg.out} --watch --prompt \"the sky is blue . river = 47 . stone = 12 . ? river =\"")
@@ -675,8 +678,116 @@ def print_estimate(cfg, mem, meta_options):
     print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n{show_estimate(parts)}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Benchmark: everything side by side in one run.
+
+BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768, conv_width=0)
+
+
+def bench_steps(batch=4, length=256):
+    """{name: a function that runs one training step}, all on equal data, answers as long as prompts."""
+    torch.manual_seed(0)
+    device = default_device()
+    model = Backbone(BENCH).init_weights().to(device)
+    meta = MetaState(BENCH, MetaStateConfig(inject_layer=10)).to(device)
+    x0, attend = torch.randint(3, 2048, (batch, length), device=device), torch.ones(batch, length, dtype=torch.bool, device=device)
+    given = attend.clone()
+    given[:, length // 2:] = False
+    t, u, n, mem = torch.full((batch,), 0.5, device=device), torch.rand(batch, length, device=device), batch * length // 2, MemDLMConfig()
+    ones = torch.ones(batch, device=device)
+
+    def mdlm():
+        model.requires_grad_(True)
+        xt, masked = corrupt(x0, t, given, 1, u)
+        masked_loss(model(xt, attend, masked), x0, masked, ones, n).backward()
+
+    def ours():
+        model.requires_grad_(True)
+        memdlm.loss_memdlm(model, x0, given, attend, t, u, ones, n, mem).backward()
+
+    def recomputed():                                                       # the trunk again for each inner step and the outer pass
+        model.requires_grad_(True)
+        first, ctx, phi = memdlm.first_fast_layer(model, mem), model.context(x0), memdlm.init_phi(model, batch, mem)
+        for ratio in (1.5 * t, t):
+            xt, masked = corrupt(x0, ratio, given, 1, u)
+            with torch.no_grad():
+                h = model.run(model.embed(xt), ctx, 0, first)
+            phi = memdlm.inner_step(model, phi, h, ctx, x0, masked, ones, mem)
+        masked_loss(model(xt, attend, masked, phi), x0, masked, ones, n).backward()
+
+    def unrolled():
+        model.requires_grad_(False)
+        metastate.loss_unrolled(meta, model, x0, given, attend, t, torch.zeros(batch, dtype=torch.bool, device=device), 4, 0, u, batch).backward()
+    return {"mdlm": mdlm, "memdlm": ours, "memdlm, trunk recomputed": recomputed, "metastate, K = 4, frozen": unrolled}
+
+
+def bench_peak(name):
+    """Peak memory of one kind of training step, measured in a process of its own."""
+    torch.set_num_threads(2)
+    for _ in range(2):
+        bench_steps()[name]()
+    return peak_memory()
+
+
+def clock(functions, rounds):
+    """Seconds per call, median over rounds; in each round every function runs once, so that drifts hit all alike."""
+    seconds = {name: [] for name in functions}
+    for r in range(rounds + 1):
+        for name, f in functions.items():
+            began = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if r:                                                           # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+
+
+@torch.no_grad()
+def bench_denoising():
+    device = default_device()
+    torch.manual_seed(0)
+    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layer=10)).to(device)
+    xt = torch.randint(3, 2048, (4, 256), device=device)
+    at = torch.zeros_like(xt, dtype=torch.bool)
+    at[:, 128:] = True
+    ctx, ones = model.context(xt), torch.ones(4, device=device)
+    phi = memdlm.adapt_to_prompt(model, xt, None, ~at, MemDLMConfig())
+    one = clock({"plain": lambda: model(xt, at=at), "with phi": lambda: model(xt, at=at, phi=phi),
+                 "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
+    # the head on selectable positions only, at a vocabulary of a real model's size
+    large = Backbone(dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)).init_weights().to(device)
+
+    def whole(backbone, xt, attend, start):
+        return lambda xt, t, state, at: (backbone(xt, attend)[at], state), None
+    prompt, settings = xt[:1, :192], dict(gen_length=64, steps=8, block_length=64)
+    ids = {}
+    head = clock({"logits where selectable": lambda: ids.update(a=generate(large, prompt, **settings)),
+                  "logits everywhere": lambda: ids.update(b=generate(large, prompt, memory=whole, **settings))}, 3)
+    assert torch.equal(ids["a"], ids["b"])
+    # the inner loop on 16 prompts of the tiny model, at once and one by one
+    tiny, mem = load_backbone("tiny", device), MemDLMConfig()
+    prompts = torch.randint(3, 139, (16, 64), device=device)
+    every = torch.ones_like(prompts, dtype=torch.bool)
+    adapt = clock({"16 prompts at once": lambda: memdlm.adapt_to_prompt(tiny, prompts, None, every, mem),
+                   "one by one": lambda: [memdlm.adapt_to_prompt(tiny, prompts[i:i + 1], None, every[:1], mem) for i in range(16)]}, 10)
+    return one, {name: s / 8 for name, s in head.items()}, adapt
+
+
 def bench():
-    raise NotImplementedError
+    """Prints one table; a few minutes on a CPU."""
+    print(f"20 layers, width 256, batch 4 x 256 tokens; torch {torch.__version__}, {default_device()}, {torch.get_num_threads()} threads")
+    seconds = clock(bench_steps(), 8)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peak = {name: pool.apply(bench_peak, (name,)) for name in seconds}
+    print(f"{'training step':<30}{'ms':>8}{'x mdlm':>8}{'peak GB':>9}")
+    for name, s in seconds.items():
+        print(f"{name:<30}{1000 * s:>8.0f}{s / seconds['mdlm']:>8.2f}{peak[name] / 1e9:>9.2f}")
+    titles = ("one denoising step", "a step at V = 100,000", "prompt adaptation")
+    for title, part in zip(titles, bench_denoising()):
+        print(f"{title:<30}{'ms':>8}{'x first':>8}")
+        for name, s in part.items():
+            print(f"  {name:<28}{1000 * s:>8.1f}{s / next(iter(part.values())):>8.2f}")
 
 
 if __name__ == "__main__":
