@@ -39,7 +39,7 @@ class MetaStateConfig:
     slot_dim: int = 64            # S; also the width of the attention
     slot_heads: int = 4           # H
     cond_dim: int = 64            # C
-    inject_layer: int = 0         # inject before this layer
+    inject_layers: tuple = (0, 3) # inject before these layers; the number of layers = before the head
     read_layer: int = -1          # read after this layer; -1 = the last one
     unroll: int = 4               # K, denoising steps per training update
     memory: str = "slots"         # slots | reset | feedback
@@ -52,24 +52,25 @@ class MetaStateConfig:
             raise ValueError(f"slot_dim={self.slot_dim} and cond_dim={self.cond_dim} must be even (sine and cosine)")
         if min(self.num_slots, self.unroll) < 1:
             raise ValueError(f"num_slots={self.num_slots} and unroll={self.unroll} must be at least 1")
-        read = self.read_layer % n_layers if -n_layers <= self.read_layer < n_layers else None
-        if read is None or not 0 <= self.inject_layer <= read:
-            raise ValueError(f"inject_layer={self.inject_layer}, read_layer={self.read_layer}: the backbone has layers "
-                             f"0..{n_layers - 1}, and the injection must not come after the reading")
+        layers = sorted(set(self.inject_layers))
+        if not layers or not 0 <= layers[0] <= layers[-1] <= n_layers or not -n_layers <= self.read_layer < n_layers:
+            raise ValueError(f"inject_layers={self.inject_layers}, read_layer={self.read_layer}: the backbone has layers 0..{n_layers - 1} "
+                             f"(inject at {n_layers}: before the head)")
         if self.memory not in ("slots", "reset", "feedback"):
             raise ValueError(f"unknown memory {self.memory!r}: slots, reset, feedback")
-        return read
+        return layers, self.read_layer % n_layers
 
 
 def for_backbone(cfg):
-    """The configuration for a backbone: the tiny preset's as above; for a real one widths of 1,024 (0.6 % of LLaDA-8B) and the
-    injection in the middle, where activations know their positions and half the layers are left to use what comes in."""
+    """The configuration for a backbone: the tiny preset's as above; for a real one slots of width 1,024 (0.7 % of LLaDA-8B) and
+    the first injection in the middle, where activations know their positions and half the layers are left to use it."""
     if cfg.family == "tiny":
-        return MetaStateConfig()
-    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, inject_layer=cfg.n_layers // 2)
+        return MetaStateConfig(inject_layers=(0, cfg.n_layers))
+    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=512, inject_layers=(cfg.n_layers // 2, cfg.n_layers))
 
 
 PLACE = 1.0
+GAIN = 0.1
 
 
 def sinusoid(x, dim, longest):
@@ -80,10 +81,10 @@ def sinusoid(x, dim, longest):
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-def linear(d_in, d_out):
+def linear(d_in, d_out, gain=1.0):
     """nn.Linear with unit gain: its default init shrinks a signal by 0.58, and six of them lie between reading and injecting."""
     layer = nn.Linear(d_in, d_out)
-    nn.init.normal_(layer.weight, 0, d_in ** -0.5), nn.init.zeros_(layer.bias)
+    nn.init.normal_(layer.weight, 0, gain * d_in ** -0.5), nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -127,7 +128,7 @@ class Mixer(nn.Module):
         super().__init__()
         S, self.heads = cfg.slot_dim, cfg.slot_heads
         self.norm_slots, self.norm_h = AdaRMSNorm(S, cfg.cond_dim), AdaRMSNorm(D, cfg.cond_dim)
-        self.q, self.k, self.v, self.o = linear(S, S), linear(D, S), linear(D, S), linear(S, S)
+        self.q, self.k, self.v, self.o = linear(S, S, GAIN), linear(D, S, GAIN), linear(D, S), linear(S, S)
 
     def forward(self, slots, h, c, own, place, attend):                     # (B, M, S), (B, L, D), (B, C), (M, S), (1, L, S)
         h = self.norm_h(h, c)
@@ -160,7 +161,7 @@ class Injector(nn.Module):
         super().__init__()
         S, self.heads = cfg.slot_dim, cfg.slot_heads
         self.norm_slots, self.norm_h = AdaRMSNorm(S, cfg.cond_dim), AdaRMSNorm(D, cfg.cond_dim)
-        self.q, self.k, self.v, self.o = linear(D, S), linear(S, S), linear(S, S), linear(S, D)
+        self.q, self.k, self.v, self.o = linear(D, S, GAIN), linear(S, S, GAIN), linear(S, S), linear(S, D)
         nn.init.zeros_(self.o.weight), nn.init.zeros_(self.o.bias)
 
     def forward(self, h, slots, c, own, place):                             # (B, L, D), (B, M, S), (B, C), (M, S), (1, L, S)
@@ -175,7 +176,7 @@ class Feedback(nn.Module):
         self.norm, self.up, self.o = AdaRMSNorm(D, cfg.cond_dim), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         nn.init.zeros_(self.o.weight), nn.init.zeros_(self.o.bias)
 
-    def forward(self, previous, c):                                         # (B, L, D)
+    def forward(self, h, previous, c, own, place):                          # (B, L, D) twice; h, own and place are not used
         return self.o(F.silu(self.up(self.norm(previous, c))))
 
 
@@ -183,45 +184,47 @@ class MetaState(nn.Module):
     """The trainable part, fp32 whatever the backbone's dtype. Holds parameters only: slots go in and come out."""
     def __init__(self, backbone_cfg, cfg):
         super().__init__()
-        self.read_layer, self.cfg = cfg.check(backbone_cfg.n_layers), cfg
+        self.cfg, (self.inject_layers, self.read_layer) = cfg, cfg.check(backbone_cfg.n_layers)
+        D = backbone_cfg.d_model
         self.time = TimeConditioner(cfg.cond_dim)
+        self.own = None
         if cfg.memory == "feedback":
-            self.feedback = Feedback(backbone_cfg.d_model, cfg)
+            self.injectors = nn.ModuleList(Feedback(D, cfg) for _ in self.inject_layers)
         else:
             self.s0 = nn.Parameter(0.02 * torch.randn(cfg.num_slots, cfg.slot_dim))
             self.own = nn.Parameter(self.place_code(torch.arange(cfg.num_slots)))
-            self.mixer, self.updater = Mixer(backbone_cfg.d_model, cfg), Updater(cfg)
-            self.injector = Injector(backbone_cfg.d_model, cfg)
+            self.mixer, self.updater = Mixer(D, cfg), Updater(cfg)
+            self.injectors = nn.ModuleList(Injector(D, cfg) for _ in self.inject_layers)
 
     def place_code(self, offset):
         """The same code for each head: (...) -> (..., S). Scaled so that at the start a head looks at one position, not at all."""
-        return PLACE * sinusoid(offset, self.cfg.slot_dim // self.cfg.slot_heads, longest=256).tile(self.cfg.slot_heads)
+        return PLACE * sinusoid(offset, self.cfg.slot_dim // self.cfg.slot_heads, longest=64).tile(self.cfg.slot_heads)
 
     def step(self, backbone, ctx, xt, t, slots, at, start, phi={}):
         """One denoising step with memory. xt (B, L); t (B,); slots (B, M, S) or None for s_0; at (B, L) where logits are wanted;
         start: index of the first answer token; phi: MemDLM's fast weights, when both memories are used.
         Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
-        c, weights = self.time(t), None
+        c, weights, last = self.time(t), None, backbone.cfg.n_layers
         place = self.place_code(torch.arange(xt.shape[1], device=xt.device)[None] - start)                     # (1, L, S)
+        attend = None if ctx.bias is None else ctx.bias[:, 0, 0]                                               # (B, L)
+        old = self.s0.expand(len(xt), -1, -1) if self.cfg.memory != "feedback" and (slots is None or self.cfg.memory == "reset") else slots
         with torch.no_grad():                                               # the same for every memory: no gradient needed
-            h = backbone.run(backbone.embed(xt), ctx, 0, self.cfg.inject_layer, phi)
-        # inject what the previous step left
-        if self.cfg.memory == "feedback":
-            add = self.feedback(slots, c) if slots is not None else None
-        else:
-            slots = self.s0.expand(len(xt), -1, -1) if slots is None or self.cfg.memory == "reset" else slots
-            add = self.injector(h.float(), slots, c, self.own, place)
-        h = h if add is None else h + add.to(h.dtype)
-        # run the frozen layers; gradients pass through them to the Injector, their weights get none
-        h = backbone.run(h, ctx, self.cfg.inject_layer, self.read_layer + 1, phi)
-        # read and update
-        if self.cfg.memory == "feedback":
-            slots = h.float()
-        else:
-            attend = None if ctx.bias is None else ctx.bias[:, 0, 0]
-            read, weights = self.mixer(slots, h.float(), c, self.own, place, attend)
-            slots = self.updater(read, slots, c)
-        logits = backbone.head(backbone.run(h, ctx, self.read_layer + 1, phi=phi), ctx, at)
+            h = backbone.run(backbone.embed(xt), ctx, 0, self.inject_layers[0], phi)
+        for i in range(self.inject_layers[0], last + 1):
+            # inject what the previous step left
+            if i in self.inject_layers and old is not None:
+                injector = self.injectors[self.inject_layers.index(i)]
+                h = h + injector(h.float(), old, c, self.own, place).to(h.dtype)
+            # read and update
+            if i == self.read_layer + 1:
+                if self.cfg.memory == "feedback":
+                    slots = h.float()
+                else:
+                    read, weights = self.mixer(old, h.float(), c, self.own, place, attend)
+                    slots = self.updater(read, old, c)
+            # a frozen layer: gradients pass through it to the Injector, its weights get none
+            h = backbone.run(h, ctx, i, min(i + 1, last), phi)
+        logits = backbone.head(h, ctx, at)
         return logits, slots, weights
 
     def memory(self, under=None, watch=None):

@@ -464,7 +464,7 @@ def estimate(cfg, method, batch, length, lora, scored=1.0, mem=None, meta_cfg=No
     tokens, passes = batch * length, meta_cfg.unroll if method == "metastate" else 1
     ffn = cfg.d_ff * max(1, cfg.experts_per_token)
     layer = tokens * (10 * D + 3 * cfg.n_heads * cfg.head_dim + 4 * ffn) * weight_bytes     # what one layer keeps for its backward
-    start = meta_cfg.inject_layer if method == "metastate" else 0
+    start = meta_cfg.inject_layers[0] if method == "metastate" else 0
     kept = tokens * D * weight_bytes * (L - start) + layer if checkpointing else layer * (L - start)
     return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
             "trained, gradient, Adam": 16 * trained,
@@ -506,7 +506,8 @@ def parse(argv=None):
     add_options(group, MemDLMConfig)
     group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
     for f in dataclasses.fields(MetaStateConfig):
-        group.add_argument(f"--{f.name}", type=f.type, help=f.metadata.get("help", ""))
+        many = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type)
+        group.add_argument(f"--{f.name}", help=f.metadata.get("help", ""), **many)
     parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
     parser.add_argument("--estimate", action="store_true", help="print the memory that training would need, and stop (reads config.json only)")
     args = parser.parse_args(argv)
@@ -619,6 +620,7 @@ def train(cfg, mem, meta_options):
 
 def metastate_config(backbone_cfg, options):
     meta_cfg = dataclasses.replace(metastate.for_backbone(backbone_cfg), **options)
+    meta_cfg.inject_layers = tuple(meta_cfg.inject_layers)
     meta_cfg.check(backbone_cfg.n_layers)
     return meta_cfg
 
@@ -689,7 +691,7 @@ def bench_steps(batch=4, length=256):
     torch.manual_seed(0)
     device = default_device()
     model = Backbone(BENCH).init_weights().to(device)
-    meta = MetaState(BENCH, MetaStateConfig(inject_layer=10)).to(device)
+    meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10, 20))).to(device)
     x0, attend = torch.randint(3, 2048, (batch, length), device=device), torch.ones(batch, length, dtype=torch.bool, device=device)
     given = attend.clone()
     given[:, length // 2:] = False
@@ -747,7 +749,7 @@ def clock(functions, rounds):
 def bench_denoising():
     device = default_device()
     torch.manual_seed(0)
-    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layer=10)).to(device)
+    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layers=(10, 20))).to(device)
     xt = torch.randint(3, 2048, (4, 256), device=device)
     at = torch.zeros_like(xt, dtype=torch.bool)
     at[:, 128:] = True
