@@ -691,7 +691,7 @@ def bench_steps(batch=4, length=256):
     torch.manual_seed(0)
     device = default_device()
     model = Backbone(BENCH).init_weights().to(device)
-    meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10, 20))).to(device)
+    meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
     x0, attend = torch.randint(3, 2048, (batch, length), device=device), torch.ones(batch, length, dtype=torch.bool, device=device)
     given = attend.clone()
     given[:, length // 2:] = False
@@ -749,7 +749,7 @@ def clock(functions, rounds):
 def bench_denoising():
     device = default_device()
     torch.manual_seed(0)
-    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layers=(10, 20))).to(device)
+    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
     xt = torch.randint(3, 2048, (4, 256), device=device)
     at = torch.zeros_like(xt, dtype=torch.bool)
     at[:, 128:] = True
