@@ -714,6 +714,10 @@ def cli(main):
         sys.exit(130)
 
 
+DEMO_QUESTION = ("Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per hour. "
+                 "How many kilometers can she run in 8 hours?")
+
+
 def check():
     parser = argparse.ArgumentParser(description="Load a checkpoint and show what it predicts.")
     parser.add_argument("--check", metavar="REPO", required=True, help="hub name or folder")
@@ -721,8 +725,7 @@ def check():
     parser.add_argument("--prompt", help="default: the question of LLaDA's official demo (49 ids through its chat template)")
     args = parser.parse_args()
     tokenizer, model = load_tokenizer(args.check), load_backbone(args.check, args.device)
-    question = args.prompt or ("Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per hour. "
-                               "How many kilometers can she run in 8 hours?")
+    question = args.prompt or DEMO_QUESTION
     print(f"{args.check}: {model.cfg.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {model.device}")
     ids = encode_prompt(tokenizer, model.cfg, question)
     print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids))}")

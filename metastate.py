@@ -11,7 +11,9 @@ Read as (the abstracts leave it open; measured effects are in the README):
 - Where: inject before `inject_layers`, read after `read_layer`. Layers below the first injection never get a gradient.
 - The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone, bit for bit.
 - Positions: a sinusoidal code of the offset from the start of the answer is added to the Mixer's keys and the Injector's
-  queries. At the embedding all masks look the same; without it nothing is learned.
+  queries; each slot has a learned place to read at and one to write at, at first spread over prompt and answer. At the embedding
+  all masks look the same, so without a code nothing is learned; with places on the answer alone hardly anything either: what a
+  second pass needs is what the first one worked out about the prompt.
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms of all modules.
 Controls: memory = "reset" (slots put back to s_0 at every step: same modules, no persistence) and "feedback" (an MLP on all
 activations of the previous step, no bottleneck: an upper bound).
@@ -35,10 +37,11 @@ from backbone import corrupt, load_backbone, open_shard, read_json, write_atomic
 @dataclass
 class MetaStateConfig:
     """Defaults: the tiny preset. At LLaDA-8B and Dream-7B `for_backbone` gives 0.6 % trainable parameters."""
-    num_slots: int = 16           # M
+    num_slots: int = 32           # M
     slot_dim: int = 64            # S; also the width of the attention
     slot_heads: int = 4           # H
     cond_dim: int = 64            # C
+    span: int = 64                # tokens before the answer over which the slots' places are spread at the start
     inject_layers: tuple = (0,)   # inject before these layers; the number of layers = before the head
     read_layer: int = -1          # read after this layer; -1 = the last one
     unroll: int = 4               # K, denoising steps per training update
@@ -50,8 +53,8 @@ class MetaStateConfig:
             raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of slot_heads={self.slot_heads}")
         if self.slot_dim % 2 or self.cond_dim % 2:
             raise ValueError(f"slot_dim={self.slot_dim} and cond_dim={self.cond_dim} must be even (sine and cosine)")
-        if min(self.num_slots, self.unroll) < 1:
-            raise ValueError(f"num_slots={self.num_slots} and unroll={self.unroll} must be at least 1")
+        if min(self.num_slots, self.unroll, self.span) < 1:
+            raise ValueError(f"num_slots={self.num_slots}, unroll={self.unroll} and span={self.span} must be at least 1")
         layers = sorted(set(self.inject_layers))
         if not layers or not 0 <= layers[0] <= layers[-1] <= n_layers or not -n_layers <= self.read_layer < n_layers:
             raise ValueError(f"inject_layers={self.inject_layers}, read_layer={self.read_layer}: the backbone has layers 0..{n_layers - 1} "
@@ -66,7 +69,7 @@ def for_backbone(cfg):
     injected in the middle, where activations know their positions and half the layers are left to use what comes in."""
     if cfg.family == "tiny":
         return MetaStateConfig()
-    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, inject_layers=(cfg.n_layers // 2,))
+    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024, inject_layers=(cfg.n_layers // 2,))
 
 
 def sinusoid(x, dim, longest):
@@ -183,18 +186,23 @@ class MetaState(nn.Module):
         self.cfg, (self.inject_layers, self.read_layer) = cfg, cfg.check(backbone_cfg.n_layers)
         D = backbone_cfg.d_model
         self.time = TimeConditioner(cfg.cond_dim)
-        self.own = None
         if cfg.memory == "feedback":
             self.injectors = nn.ModuleList(Feedback(D, cfg) for _ in self.inject_layers)
         else:
             self.s0 = nn.Parameter(0.02 * torch.randn(cfg.num_slots, cfg.slot_dim))
-            self.own = nn.Parameter(self.place_code(torch.arange(cfg.num_slots)))
+            # at the start the slots' places are spread evenly over the end of the prompt and the start of the answer; all learned
+            at = torch.linspace(-cfg.span, cfg.span / 8, cfg.num_slots)
+            self.read_at, self.write_at = nn.Parameter(self.place_code(at)), nn.Parameter(self.place_code(at))  # (M, S)
             self.mixer, self.updater = Mixer(D, cfg), Updater(cfg)
             self.injectors = nn.ModuleList(Injector(D, cfg) for _ in self.inject_layers)
 
     def place_code(self, offset):
-        """The same code for each head: (...) -> (..., S). 1.5: of 1.5, 2, 3, 4 the best; at 1 attention starts out flat."""
-        return 1.5 * sinusoid(offset, self.cfg.slot_dim // self.cfg.slot_heads, longest=64).tile(self.cfg.slot_heads)
+        """The place `offset` tokens from the start of the answer, the same code for each head: (...) -> (..., S).
+
+        In units of the distance between two slots; the factor makes attention look at one place at the start, not at all (flat
+        attention was never left in training)."""
+        unit = self.cfg.span / self.cfg.num_slots
+        return 3 * sinusoid(offset / unit, self.cfg.slot_dim // self.cfg.slot_heads, longest=64).tile(self.cfg.slot_heads)
 
     def step(self, backbone, ctx, xt, t, slots, at, start, phi={}):
         """One denoising step with memory. xt (B, L); t (B,); slots (B, M, S) or None for s_0; at (B, L) where logits are wanted;
@@ -210,36 +218,37 @@ class MetaState(nn.Module):
             # inject what the previous step left
             if i in self.inject_layers and old is not None:
                 injector = self.injectors[self.inject_layers.index(i)]
-                h = h + injector(h.float(), old, c, self.own, place).to(h.dtype)
+                h = h + injector(h.float(), old, c, getattr(self, "write_at", None), place).to(h.dtype)
             # read and update
             if i == self.read_layer + 1:
                 if self.cfg.memory == "feedback":
                     slots = h.float()
                 else:
-                    read, weights = self.mixer(old, h.float(), c, self.own, place, attend)
+                    read, weights = self.mixer(old, h.float(), c, self.read_at, place, attend)
                     slots = self.updater(read, old, c)
             # a frozen layer: gradients pass through it to the Injector, its weights get none
             h = backbone.run(h, ctx, i, min(i + 1, last), phi)
         logits = backbone.head(h, ctx, at)
         return logits, slots, weights
 
-    def memory(self, under=None, watch=None):
+    def memory(self, under=None):
         """The `memory` argument of sample.generate. Slots start at s_0 and run on through all blocks. Guidance's copy without a
         prompt is called with state None: it starts from s_0 at every step and never carries the prompt's slots.
 
-        under: a memory whose state is phi (memdlm.prompt_memory), for both memories at once; the state is then (slots, phi).
-        watch(weights, slots, at): called after each step, for display."""
+        under: a memory whose state is phi (memdlm.prompt_memory), for both memories at once. The state is (slots, phi, weights);
+        weights (B, H, M, L) is what the Mixer looked at, for display."""
         def memory(backbone, xt, attend, start):
             phi = under(backbone, xt, attend, start)[1] if under else {}
 
             def predict(xt, t, state, at):
-                slots, phi = state or (None, {})
+                slots, phi, _ = state or (None, {}, None)
                 logits, slots, weights = self.step(backbone, backbone.context(xt, attend), xt, t, slots, at, start, phi)
-                if watch:
-                    watch(weights, slots, at)
-                return logits, (slots, phi)
-            return predict, (None, phi)
+                return logits, (slots, phi, weights)
+            return predict, (None, phi, None)
         return memory
+
+
+ARMS = {"slots": "metastate", "reset": "reset", "feedback": "feedback"}     # MetaStateConfig.memory -> the arm's name in tables
 
 
 def loss_unrolled(model, backbone, x0, given, attend, t, stay, steps, first_loss, u, n_rows):

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from backbone import (FILLER_ADJECTIVES, FILLER_NOUNS, KEYS, OBJECTS, PEOPLE, PLACES, VALUES, cli, encode, encode_prompt)
+from memdlm import exposure_bias
 from sample import cut, generate, left_pad, load_arms
 
 
@@ -264,6 +265,30 @@ def append_jsonl(path, rows):
             f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def answers_masked(backbone, tokenizer, samples):
+    """Samples as one batch: x0 (n, L) with the answers at the end, filled up with end-of-text, attend, and where they start."""
+    cfg = backbone.cfg
+    prompts, attend = left_pad([torch.tensor(encode_prompt(tokenizer, cfg, s.prompt)) for s in samples], cfg.pad_id, backbone.device)
+    answers = torch.full((len(samples), BUDGET), cfg.eos_id, device=prompts.device)
+    for row, s in zip(answers, samples):
+        ids = encode(tokenizer, s.answer)[:BUDGET]
+        row[:len(ids)] = torch.tensor(ids)
+    return torch.cat([prompts, answers], 1), torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], 1), prompts.shape[1]
+
+
+def exposure(backbone, tokenizer, arms, tasks, length, n, seed):
+    """A table: exposure bias per step for every arm (memdlm.exposure_bias), all tasks mixed."""
+    samples = make_samples(tasks, length, n, seed, "eval", token_counter(tokenizer, backbone.cfg))
+    x0, attend, start = answers_masked(backbone, tokenizer, samples)
+    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
+    lines = [f"{'exposure bias':<14}{'mask ratio':>11}{'sequential':>12}{'static':>9}{'clean':>9}{'seq/static':>12}{'seq/clean':>11}"]
+    for arm, memory in arms.items():
+        for r in exposure_bias(backbone, x0, given, attend, BUDGET, memory):
+            lines.append(f"{arm:<14}{r['mask_ratio']:>11.2f}{r['sequential']:>12.3f}{r['static']:>9.3f}{r['clean']:>9.3f}"
+                         f"{r['published_ratio']:>12.2f}{r['clean_ratio']:>11.2f}")
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=None):
     """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the same, fully masked answer, then
@@ -273,9 +298,8 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
     rows, cfg = [], backbone.cfg
     for task in tasks:
         samples = make_samples([task], length, n, seed, "eval", token_counter(tokenizer, cfg))
-        prompts, attend = left_pad([torch.tensor(encode_prompt(tokenizer, cfg, s.prompt)) for s in samples], cfg.pad_id, backbone.device)
-        xt = torch.cat([prompts, torch.full((n, BUDGET), cfg.mask_id, device=prompts.device)], dim=1)
-        attend, start = torch.cat([attend, torch.ones(n, BUDGET, dtype=torch.bool, device=attend.device)], dim=1), prompts.shape[1]
+        xt, attend, start = answers_masked(backbone, tokenizer, samples)
+        xt[:, start:] = cfg.mask_id
         for arm, memory in arms.items():
             predict, state = memory(backbone, xt, attend, start)
             for p in range(1, passes + 1):
@@ -325,6 +349,7 @@ def main():
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256], help="context lengths in tokens; the tiny model is trained up to 64")
     parser.add_argument("--n", type=int, default=100, help="samples per cell")
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation texts")
+    parser.add_argument("--exposure", action="store_true", help="instead: exposure bias per denoising step, published and clean ratio")
     parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
     parser.add_argument("--steps", nargs="+", type=int, default=[None], help="denoising steps (default: one per answer token); several: a table by steps")
     parser.add_argument("--passes", type=int, help="instead: recall after 1..PASSES passes over an unchanged, fully masked answer")
@@ -344,8 +369,10 @@ def main():
         raise ValueError(f"length {max(args.lengths)} + {args.gen_length} exceeds the model's limit of {backbone.cfg.max_len}")
     out = args.out or (Path(args.checkpoint) / "niah.jsonl" if Path(args.checkpoint).is_dir() else "niah.jsonl")
     by_steps = len(args.steps) > 1 or args.passes
-    if by_steps and len(args.lengths) > 1:
-        raise ValueError("--passes and several --steps need one length, for example --lengths 64")
+    if (by_steps or args.exposure) and len(args.lengths) > 1:
+        raise ValueError("--passes, --exposure and several --steps need one length, for example --lengths 64")
+    if args.exposure:
+        return print(exposure(backbone, tokenizer, arms, args.tasks, args.lengths[0], args.n, args.seed))
     if args.passes:
         rows = recompute(backbone, tokenizer, arms, args.tasks, args.lengths[0], args.n, args.seed, args.passes, out)
     else:

@@ -13,6 +13,7 @@ before it is finished: what lies behind is set to end-of-text and it takes no fu
 Run: python sample.py --checkpoint runs/memdlm --prompt "river = 47 . the sky is blue . ? river =" --watch
 """
 import argparse
+import dataclasses
 import resource
 import sys
 import time
@@ -231,17 +232,18 @@ def load_arms(checkpoint, device=None, dtype=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which this checkpoint can be run.
 
     Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt, with the settings it was trained with). A MetaState
-    checkpoint: "frozen" (its backbone alone), "reset" (slots put back at every step), "metastate", and "both" (metastate with
-    fast weights adapted to the prompt under it). The first arm is always the one without memory."""
+    checkpoint: "frozen" (its backbone alone), "metastate", "reset" (its slots put back at every step) and "both" (fast weights
+    adapted to the prompt under it); a control: "frozen" and its own name. First comes the plain model, then the memory."""
     import memdlm
     import metastate
     path = Path(checkpoint)
     if (path / "metastate.json").exists():
         meta, backbone, base = metastate.load(path, device, dtype)
-        reset = metastate.load(path, device, dtype)[0]
-        reset.cfg.memory = "reset"
-        phi = memdlm.prompt_memory(memory_settings(base))
-        arms = {"frozen": no_memory, "reset": reset.memory(), meta.cfg.memory: meta.memory(), "both": meta.memory(under=phi)}
+        arms = {"frozen": no_memory, metastate.ARMS[meta.cfg.memory]: meta.memory()}
+        if meta.cfg.memory == "slots":
+            reset = metastate.MetaState(backbone.cfg, dataclasses.replace(meta.cfg, memory="reset")).to(backbone.device)
+            reset.load_state_dict(meta.state_dict())
+            arms |= {"reset": reset.memory(), "both": meta.memory(under=memdlm.prompt_memory(memory_settings(base)))}
         return backbone, load_tokenizer(base), arms
     backbone = load_backbone(checkpoint, device, dtype)
     return backbone, load_tokenizer(checkpoint), {"off": no_memory, "on": memdlm.prompt_memory(memory_settings(path))}
@@ -317,12 +319,12 @@ def main():
         return print(explain(gen, settings["steps"], settings["block_length"], args.cfg, args.threshold))
     if args.arm and args.arm not in arms:
         raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {args.arm}")
-    names = [args.arm] if args.arm else [list(arms)[0], list(arms)[-1 if "on" in arms else 2]]
+    names = [args.arm] if args.arm else list(arms)[:2]
     prompts = [torch.tensor(encode_prompt(tokenizer, cfg, p)) for p in args.prompt]
     colour, answers = sys.stdout.isatty(), {}
     for name in names:
         torch.manual_seed(args.seed)                                        # the arms see the same random numbers
-        passes = [0]
+        passes, slots_before = [0], []
 
         def counted(backbone, xt, attend, start):
             predict, state = arms[name](backbone, xt, attend, start)
@@ -336,10 +338,13 @@ def main():
             for row in range(len(xt)):
                 line = show_canvas(xt[row].tolist(), new[row].tolist(), xt.shape[1] - gen, tokenizer, cfg, colour)
                 print(f"  pass {passes[0]:>3} | {line}")
-            if isinstance(state, tuple) and state[0] is not None:
-                watch.moved = (state[0] - getattr(watch, "slots", state[0])).norm(dim=-1).mean().item()
-                watch.slots = state[0]
-                print(f"           slots moved by {watch.moved:.2f} on average")
+            if isinstance(state, tuple) and state[2] is not None:            # MetaState: what the slots did
+                slots, _, weights = state
+                moved = (slots - slots_before[-1]).norm(dim=-1).mean().item() if slots_before else slots.norm(dim=-1).mean().item()
+                slots_before.append(slots)
+                looked = weights[0].sum((0, 1))[:xt.shape[1] - gen]         # (prompt tokens,), first row
+                top = [f"{tokenizer.decode([int(xt[0, i])])}@{i}" for i in looked.topk(min(3, len(looked))).indices.tolist()]
+                print(f"           slots moved by {moved:.2f}; in the prompt the Mixer read most: {', '.join(top)}")
         if args.watch:
             print(f"{name}:")
         began = time.time()

@@ -550,9 +550,7 @@ def resolve(cfg, mem, family):
 def pretrained(cfg):
     """The tiny backbone that memdlm and metastate start from, trained once with plain MDLM and then reused."""
     out = Path("runs") / f"pretrained-seed{cfg.seed}"
-    steps = os.environ.get("PRETRAIN_STEPS")
-    first = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True, steps=steps and int(steps))
-    wanted = first.steps or DEFAULTS["pretrain"][0]
+    first, wanted = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True), DEFAULTS["pretrain"][0]
     if (out / "resume.pt").exists() and torch.load(out / "resume.pt", weights_only=True)["step"] == wanted:
         print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do it again)")
     else:
@@ -636,7 +634,7 @@ def report(run):
     cfg = run.cfg
     arms = {"off": no_memory, "on": memdlm.prompt_memory(run.mem)}
     if run.meta is not None:
-        arms = {"frozen": no_memory, run.meta.cfg.memory: run.meta.memory()}
+        arms = {"frozen": no_memory, metastate.ARMS[run.meta.cfg.memory]: run.meta.memory()}
         print(f"\nheld-out loss: frozen {run.held_out_loss('off'):.3f}, second pass over the same canvas {run.held_out_loss('metastate'):.3f}")
     else:
         print(f"\nheld-out loss: memory off {run.held_out_loss('off'):.3f}, adapted to the prompt {run.held_out_loss('prompt'):.3f}"
