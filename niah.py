@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -326,6 +327,28 @@ def table(rows, metric="recall", by="length"):
     return "\n".join(lines)
 
 
+def table_over_seeds(files, metric, by):
+    """One table from saved JSONL files: mean over training seeds ± their standard deviation, in %. A run's name is its folder's,
+    without "-seedN"."""
+    groups, columns = {}, set()
+    for file in files:
+        name = Path(file).parent.name
+        for line in Path(file).read_text().splitlines():
+            r = json.loads(line)
+            key = (r["task"], re.sub(r"-seed\d+$", "", name) + " " + r["arm"])
+            groups.setdefault(key, {}).setdefault(r[by], {}).setdefault(name, []).append(r[metric])
+            columns.add(r[by])
+    lines = [f"{metric + ' by ' + by:<18}{'run, arm':<26}" + "".join(f"{c:>14}" for c in sorted(columns)) + "  seeds"]
+    for (task, arm), cells in sorted(groups.items(), key=lambda g: list(TASKS).index(g[0][0])):
+        text, seeds = "", 0
+        for c in sorted(columns):
+            means = torch.tensor([sum(v) / len(v) for v in cells.get(c, {}).values()])
+            seeds = max(seeds, len(means))
+            text += f"{100 * means.mean():>8.1f} ±{100 * means.std(correction=len(means) > 1):>4.1f}" if len(means) else f"{'-':>14}"
+        lines.append(f"{task:<18}{arm:<26}{text}{seeds:>7}")
+    return "\n".join(lines)
+
+
 def depth_grid(rows, arm, colour, bins=5):
     """Recall by needle depth (down) and context length (across); a coloured background where the output is a terminal."""
     lengths, lines = sorted({r["length"] for r in rows}), []
@@ -344,7 +367,9 @@ def depth_grid(rows, arm, colour, bins=5):
 def main():
     parser = argparse.ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a folder written by train.py, a hub name, or an adapter folder")
+    parser.add_argument("--rows", nargs="+", metavar="JSONL", help="instead: one table from saved files, mean ± sd over seeds (--by steps: by passes)")
+    parser.add_argument("--by", choices=["length", "steps"], default="length", help="columns of the --rows table")
+    parser.add_argument("--checkpoint", help="a folder written by train.py, a hub name, or an adapter folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256], help="context lengths in tokens; the tiny model is trained up to 64")
     parser.add_argument("--n", type=int, default=100, help="samples per cell")
@@ -360,6 +385,10 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or min(args.lengths) < 1:
         raise ValueError("--n and --lengths must be positive")
+    if args.rows:
+        return print(table_over_seeds(args.rows, args.metric, args.by))
+    if not args.checkpoint:
+        parser.error("--checkpoint (or --rows) is needed")
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device)
     unknown = set(args.arms or []) - set(arms)
     if unknown:
