@@ -144,7 +144,7 @@ def train_metastate(run):
         B = len(batch.x0)
         t = torch.where(torch.rand(B, generator=rng) < 0.8, 1.0, batch.t)
         # 2. Curriculum: first passes over an unchanged canvas, where only memory can help; then trajectories
-        if step < 0.5 * run.cfg.steps:
+        if step < 0.4 * run.cfg.steps:
             stay, unroll, first_loss = torch.ones(B, dtype=torch.bool), 3, 1
         else:
             stay, first_loss = torch.rand(B, generator=rng) < 0.4, 0
