@@ -30,7 +30,7 @@ class MemDLMConfig:
     rank: int = 32                # r of the fast weights
     alpha: float = 64.0           # the change is scaled by alpha / r
     fraction: float = 0.1         # share of the layers, counted from the top, whose FFN carries phi; at least one layer
-    inner_lr: float = 0.1         # eta
+    inner_lr: float = 0.1         # eta, step size of the inner SGD
     clip: float = 1.0             # gradient norm of one tensor of one sample
     s_pre: float = 1.5            # pre-anchor time t_pre = min(1, max(s_pre * t, t))
     prompt_ratio: float = 0.2     # anchor mask ratio when the inner loop runs on the prompt

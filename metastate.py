@@ -37,10 +37,10 @@ from backbone import corrupt, load_backbone, open_shard, read_json, write_atomic
 @dataclass
 class MetaStateConfig:
     """Defaults: the tiny preset. At LLaDA-8B and Dream-7B `for_backbone` gives 0.6 % trainable parameters."""
-    num_slots: int = 32           # M
+    num_slots: int = 32           # M, memory slots
     slot_dim: int = 64            # S; also the width of the attention
-    slot_heads: int = 4           # H
-    cond_dim: int = 64            # C
+    slot_heads: int = 4           # H, attention heads
+    cond_dim: int = 64            # C, width of the time conditioner
     span: int = 64                # tokens before the answer over which the slots' places are spread at the start
     inject_layers: tuple = (0,)   # inject before these layers; the number of layers = before the head
     read_layer: int = -1          # read after this layer; -1 = the last one

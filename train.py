@@ -13,11 +13,13 @@ Run: python train.py --method memdlm                                    (tiny, C
 """
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -486,11 +488,22 @@ def device_memory(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Command line.
 
-def add_options(parser, cls, skip=()):
+def comments(cls):
+    """{field: the comment beside it}, so that what stands in the source is what --help says."""
+    found, name = {}, None
+    for line in inspect.getsource(cls).splitlines():
+        field_line, more = re.match(r"    (\w+): .*?# (.*)", line), re.match(r" {20,}# (.*)", line)
+        if field_line:
+            name = field_line[1]
+            found[name] = field_line[2]
+        elif more and name:
+            found[name] += " " + more[1]
+    return {k: v.replace("%", "%%") for k, v in found.items()}
+
+
+def add_options(parser, cls):
     for f in dataclasses.fields(cls):
-        if f.name in skip:
-            continue
-        text, more = f.metadata.get("help", ""), {k: v for k, v in f.metadata.items() if k != "help"}
+        text, more = f.metadata.get("help", comments(cls).get(f.name, "")), {k: v for k, v in f.metadata.items() if k != "help"}
         default = "" if f.default is None or f.type is bool else f" (default {f.default})"
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
@@ -507,7 +520,7 @@ def parse(argv=None):
     group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
     for f in dataclasses.fields(MetaStateConfig):
         many = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type)
-        group.add_argument(f"--{f.name}", help=f.metadata.get("help", ""), **many)
+        group.add_argument(f"--{f.name}", help=comments(MetaStateConfig)[f.name], **many)
     parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
     parser.add_argument("--estimate", action="store_true", help="print the memory that training would need, and stop (reads config.json only)")
     args = parser.parse_args(argv)
