@@ -227,6 +227,46 @@ def test_tiny_tokenizer_round_trips_and_names_unknown_words(tmp_path):
         bb.encode(tokenizer, "the hello sky world")
 
 
+LLADA_TEMPLATE = ("{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim "
+                  "+ '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")  # whatever add_generation_prompt says
+
+
+def byte_level_files(folder, specials):
+    """vocab.json and merges.txt of a byte-level BPE without merges, as Dream ships them (it has no tokenizer.json)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}))
+    (folder / "added_tokens.json").write_text(json.dumps({s: len(vocabulary) + i for i, s in enumerate(specials)}))
+
+
+def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path):
+    write_checkpoint(tmp_path, "dream")
+    byte_level_files(tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"])
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer).__name__.startswith("Qwen2") and tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
+
+
+def test_llada_chat_template_opens_a_turn_for_sampling_and_is_cut_for_training():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=LLADA_TEMPLATE)
+    ids = {s: tokenizer.convert_tokens_to_ids(s) for s in ("<|eot_id|>", "<|endoftext|>", "<|mdm_mask|>")}
+    cfg = BackboneConfig(family="llada", vocab_size=300, conv_width=0, chat=True, mask_id=ids["<|mdm_mask|>"], eos_id=ids["<|endoftext|>"], eot_id=ids["<|eot_id|>"])
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    question = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == question + header
+    prompt, response = bb.encode_pair(tokenizer, cfg, {"prompt": "how far?", "response": "72 km"})
+    assert tokenizer.decode(prompt) == question + header and tokenizer.decode(response) == "72 km<|eot_id|>"
+    cfg.chat = False
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
+    assert tokenizer.decode(bb.encode_pair(tokenizer, cfg, {"prompt": "how far?", "response": "72 km"})[1]) == "72 km<|endoftext|>"
+
+
 def test_corrupt_masks_at_rate_t_never_what_is_given_and_nests():
     x0, g = torch.randint(3, 40, (400, 100)), torch.Generator().manual_seed(0)
     given, u = torch.rand(400, 100, generator=g) < 0.3, torch.rand(400, 100, generator=g)
