@@ -280,13 +280,13 @@ def loss_unrolled(model, backbone, x0, given, attend, t, stay, steps, first_loss
     return loss
 
 
-def save(model, folder, base, backbone):
-    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and its fingerprint."""
+def save(model, folder, base, mark):
+    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and its fingerprint, `mark`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     write_atomically(folder / "metastate.safetensors", lambda path: save_file(weights, path))
-    config = dict(backbone=str(base), fingerprint=fingerprint(backbone), config=asdict(model.cfg))
+    config = dict(backbone=str(base), fingerprint=mark, config=asdict(model.cfg))
     write_atomically(folder / "metastate.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
 
 

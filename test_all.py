@@ -741,7 +741,7 @@ def test_a_metastate_checkpoint_knows_its_backbone(tmp_path):
     model = random_backbone(vocab_size=0)
     bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
     meta = trained_meta(model)
-    metastate.save(meta, tmp_path / "meta", tmp_path / "base", model)
+    metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
     loaded, base, _ = metastate.load(tmp_path / "meta", "cpu")
     assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), loaded.parameters()))
     _, _, arms = sample.load_arms(tmp_path / "meta", "cpu")

@@ -255,6 +255,7 @@ class Run:
             torch.manual_seed(cfg.seed)
             self.meta = MetaState(backbone.cfg, meta_cfg).to(self.device)
             backbone.requires_grad_(False)
+            self.mark = metastate.fingerprint(backbone)                     # before its layers are split over the ranks
             width = niah.BUDGET if self.pairs is None else min(len(r) for _, r in self.pairs)
             if meta_cfg.unroll > width:
                 raise ValueError(f"unroll={meta_cfg.unroll} denoising steps need as many maskable tokens; an answer has {width}")
@@ -395,7 +396,7 @@ class Run:
                      schedule=self.schedule.state_dict(), settings=self.settings())
         write_atomically(self.out / "resume.pt", lambda path: torch.save(state, path))
         if self.meta is not None:
-            metastate.save(self.meta, self.out, self.base, self.backbone)
+            metastate.save(self.meta, self.out, self.base, self.mark)
         else:
             if self.cfg.lora:
                 save_adapter(self.backbone, self.out, self.base)
