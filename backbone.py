@@ -599,7 +599,7 @@ def save_adapter(model, folder, base):
                for n, m in adapted.items() for x in "AB"}
     first = next(iter(adapted.values()))
     # a regular expression over full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too
-    names = sorted({re.sub(r"\d+", r"\\d+", official_name(n, family)).replace(".", r"\.").replace(r"\\.", r"\.") for n in adapted})
+    names = sorted({re.sub(r"\d+", r"\\d+", official_name(n, family).replace(".", r"\.")) for n in adapted})
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base), r=first.lora_rank,
                   lora_alpha=round(first.lora_scale * first.lora_rank), lora_dropout=0.0, bias="none", fan_in_fan_out=False,
                   inference_mode=True, target_modules="|".join(names))
@@ -618,7 +618,8 @@ def load_adapter(model, folder):
     keys = set(shard.keys())
     for key in sorted(keys):
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not match or match[1] not in ours or f"base_model.model.{match[1]}.lora_{'BA'['AB'.index(match[2])]}.weight" not in keys:
+        other = match and f"base_model.model.{match[1]}.lora_{'B' if match[2] == 'A' else 'A'}.weight"
+        if not match or match[1] not in ours or other not in keys:
             raise ValueError(f"{folder}: adapter tensor {key} belongs to no linear layer of this {model.cfg.family} backbone")
         module, value = ours[match[1]], shard.get_tensor(key).float().to(model.device)
         if match[2] == "A":
@@ -641,7 +642,7 @@ def load_tokenizer(name_or_path):
     folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    dream = "DreamModel" in (read_json(folder / "config.json").get("architectures") or []) and (folder / "vocab.json").exists()
+    dream = "DreamModel" in read_json(folder / "config.json").get("architectures", []) and (folder / "vocab.json").exists()
     try:                                        # AutoTokenizer would ask for Dream's remote class; Qwen2's gives the same ids
         return (Qwen2Tokenizer if dream else PreTrainedTokenizerFast).from_pretrained(str(folder))
     except Exception as e:
@@ -726,13 +727,15 @@ def check():
     args = parser.parse_args()
     tokenizer, model = load_tokenizer(args.check), load_backbone(args.check, args.device)
     question = args.prompt or DEMO_QUESTION
-    print(f"{args.check}: {model.cfg.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {model.device}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{args.check}: {model.cfg.family}, {size:,} parameters, {model.dtype}, {model.device}")
     ids = encode_prompt(tokenizer, model.cfg, question)
     print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids))}")
     xt = torch.tensor([ids + [model.cfg.mask_id]], device=model.device)
     with torch.no_grad():
         probs = model(xt, at=xt == model.cfg.mask_id)[-1].float().softmax(-1)
-    print("at one [MASK] after it:", ", ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in zip(*map(torch.Tensor.tolist, probs.topk(5)))))
+    top = zip(*(x.tolist() for x in probs.topk(5)))
+    print("at one [MASK] after it:", ", ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in top))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class MetaStateConfig:
             raise ValueError(f"num_slots={self.num_slots}, unroll={self.unroll} and span={self.span} must be at least 1")
         layers = sorted(set(self.inject_layers))
         if not layers or not 0 <= layers[0] <= layers[-1] <= n_layers or not -n_layers <= self.read_layer < n_layers:
-            raise ValueError(f"inject_layers={self.inject_layers}, read_layer={self.read_layer}: the backbone has layers 0..{n_layers - 1} "
-                             f"(inject at {n_layers}: before the head)")
+            raise ValueError(f"inject_layers={self.inject_layers}, read_layer={self.read_layer}: the backbone has layers "
+                             f"0..{n_layers - 1} (inject at {n_layers}: before the head)")
         if self.memory not in ("slots", "reset", "feedback"):
             raise ValueError(f"unknown memory {self.memory!r}: slots, reset, feedback")
         return layers, self.read_layer % n_layers
@@ -211,7 +211,8 @@ class MetaState(nn.Module):
         c, weights, last = self.time(t), None, backbone.cfg.n_layers
         place = self.place_code(torch.arange(xt.shape[1], device=xt.device)[None] - start)                     # (1, L, S)
         attend = None if ctx.bias is None else ctx.bias[:, 0, 0]                                               # (B, L)
-        old = self.s0.expand(len(xt), -1, -1) if self.cfg.memory != "feedback" and (slots is None or self.cfg.memory == "reset") else slots
+        fresh = slots is None or self.cfg.memory == "reset"
+        old = self.s0.expand(len(xt), -1, -1) if fresh and self.cfg.memory != "feedback" else slots
         with torch.no_grad():                                               # the same for every memory: no gradient needed
             h = backbone.run(backbone.embed(xt), ctx, 0, self.inject_layers[0], phi)
         for i in range(self.inject_layers[0], last + 1):
@@ -296,7 +297,8 @@ def load(folder, device=None, dtype=None):
     config = read_json(folder / "metastate.json")
     backbone = load_backbone(config["backbone"], device, dtype).requires_grad_(False)
     if fingerprint(backbone) != config["fingerprint"]:
-        raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the one now at {config['backbone']}")
+        raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the one now at "
+                         f"{config['backbone']}")
     model = MetaState(backbone.cfg, MetaStateConfig(**config["config"]))
     shard, own = open_shard(folder / "metastate.safetensors"), dict(model.named_parameters())
     if set(shard.keys()) != own.keys() or any(shard.get_slice(k).get_shape() != list(p.shape) for k, p in own.items()):

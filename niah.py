@@ -254,7 +254,8 @@ def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_l
                 for passes in (p or gen_length for p in steps):
                     size = max(1, 6400 // max(64, length))                  # long texts in smaller batches
                     results = run_arm(backbone, tokenizer, samples, memory, size, gen_length, passes, bar)
-                    rows += [{**columns, "arm": arm, "steps": passes, "seed": seed, **asdict(s), **r} for s, r in zip(samples, results)]
+                    rows += [{**columns, "arm": arm, "steps": passes, "seed": seed, **asdict(s), **r}
+                             for s, r in zip(samples, results)]
     bar.close()
     append_jsonl(out, rows)
     return rows
@@ -269,7 +270,8 @@ def append_jsonl(path, rows):
 def answers_masked(backbone, tokenizer, samples):
     """Samples as one batch: x0 (n, L) with the answers at the end, filled up with end-of-text, attend, and where they start."""
     cfg = backbone.cfg
-    prompts, attend = left_pad([torch.tensor(encode_prompt(tokenizer, cfg, s.prompt)) for s in samples], cfg.pad_id, backbone.device)
+    prompts = [torch.tensor(encode_prompt(tokenizer, cfg, s.prompt)) for s in samples]
+    prompts, attend = left_pad(prompts, cfg.pad_id, backbone.device)
     answers = torch.full((len(samples), BUDGET), cfg.eos_id, device=prompts.device)
     for row, s in zip(answers, samples):
         ids = encode(tokenizer, s.answer)[:BUDGET]
@@ -316,7 +318,8 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
 def table(rows, metric="recall", by="length"):
     """Tasks x lengths (or by="steps": x forward passes), one line per task and arm: mean +- half the 95 % interval, in %."""
     columns = sorted({r[by] for r in rows})
-    lines = [f"{metric + ' by ' + by:<18}{'arm':<9}" + "".join(f"{c:>14}" for c in columns) + ("      chance" if metric == "recall" else "")]
+    head = f"{metric + ' by ' + by:<18}{'arm':<9}" + "".join(f"{c:>14}" for c in columns)
+    lines = [head + ("      chance" if metric == "recall" else "")]
     for task in dict.fromkeys(r["task"] for r in rows):
         for arm in dict.fromkeys(r["arm"] for r in rows):
             cells = [[r for r in rows if (r["task"], r["arm"], r[by]) == (task, arm, c)] for c in columns]
@@ -355,7 +358,8 @@ def depth_grid(rows, arm, colour, bins=5):
     for b in range(bins):
         cells = []
         for L in lengths:
-            cell = [r["recall"] for r in rows if r["arm"] == arm and r["length"] == L and min(int(r["depth"] * bins), bins - 1) == b]
+            cell = [r["recall"] for r in rows
+                    if r["arm"] == arm and r["length"] == L and min(int(r["depth"] * bins), bins - 1) == b]
             share = sum(cell) / len(cell) if cell else math.nan
             text = f"{100 * share:5.0f} " if cell else "    - "
             shade = 0 if not cell else [196, 208, 226, 118, 46][min(4, int(share * 5))]
@@ -367,20 +371,25 @@ def depth_grid(rows, arm, colour, bins=5):
 def main():
     parser = argparse.ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rows", nargs="+", metavar="JSONL", help="instead: one table from saved files, mean ± sd over seeds (--by steps: by passes)")
+    parser.add_argument("--rows", nargs="+", metavar="JSONL", help="instead: one table from saved files, mean ± sd over seeds")
     parser.add_argument("--by", choices=["length", "steps"], default="length", help="columns of the --rows table")
     parser.add_argument("--checkpoint", help="a folder written by train.py, a hub name, or an adapter folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256], help="context lengths in tokens; the tiny model is trained up to 64")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256],
+                        help="context lengths in tokens; the tiny model is trained up to 64")
     parser.add_argument("--n", type=int, default=100, help="samples per cell")
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation texts")
-    parser.add_argument("--exposure", action="store_true", help="instead: exposure bias per denoising step, published and clean ratio")
+    parser.add_argument("--exposure", action="store_true",
+                        help="instead: exposure bias per denoising step, published and clean ratio")
     parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
-    parser.add_argument("--steps", nargs="+", type=int, default=[None], help="denoising steps (default: one per answer token); several: a table by steps")
-    parser.add_argument("--passes", type=int, help="instead: recall after 1..PASSES passes over an unchanged, fully masked answer")
+    parser.add_argument("--steps", nargs="+", type=int, default=[None],
+                        help="denoising steps (default: one per answer token); several: a table by steps")
+    parser.add_argument("--passes", type=int,
+                        help="instead: recall after 1..PASSES passes over an unchanged, fully masked answer")
     parser.add_argument("--arms", nargs="+", help="only these arms (default: all that the checkpoint has)")
-    parser.add_argument("--metric", choices=["recall", "exact"], default="recall", help="recall: RULER's; exact: order and number count")
-    parser.add_argument("--out", help="JSONL of every sample's output (default: CHECKPOINT/niah.jsonl, or niah.jsonl here for a hub name)")
+    parser.add_argument("--metric", choices=["recall", "exact"], default="recall",
+                        help="recall: RULER's; exact: order and number count")
+    parser.add_argument("--out", help="JSONL of every sample's output (default: niah.jsonl in CHECKPOINT, for a hub name here)")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
     args = parser.parse_args()
     if args.n < 1 or min(args.lengths) < 1:

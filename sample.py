@@ -274,17 +274,19 @@ def show_canvas(xt, new, start, tokenizer, cfg, colour):
 
 def main():
     parser = argparse.ArgumentParser(description="Decode prompts with a masked-diffusion LM, with and without its memory.")
-    parser.add_argument("--checkpoint", help="a folder written by train.py, a hub name (GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
+    parser.add_argument("--checkpoint",
+                        help="a folder written by train.py, a hub name (GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
     parser.add_argument("--prompt", nargs="+", help="one or more prompts; they are decoded as one batch")
-    parser.add_argument("--arm", help="off | on; frozen | reset | metastate | both. Default: the plain model and the memory, side by side")
+    parser.add_argument("--arm", help="off | on; frozen | metastate | reset | both. Default: the plain model, then the memory")
     parser.add_argument("--gen_length", type=int, help="answer tokens (default: 6 for the tiny model, 128 for others)")
     parser.add_argument("--steps", type=int, help="forward passes for the answer (default: gen_length, one token each)")
-    parser.add_argument("--block_length", type=int, help="decode left to right in blocks of this size (default: gen_length, one block)")
+    parser.add_argument("--block_length", type=int,
+                        help="decode left to right in blocks of this size (default: gen_length, one block)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token; above 0 Gumbel noise (default 0)")
     parser.add_argument("--cfg", type=float, default=0.0, help="guidance scale; above 0 each step costs two passes (default 0)")
     parser.add_argument("--remasking", default=None, choices=["low_confidence", "random", *DREAM_ORDERS],
                         help="which tokens to commit first (default: entropy for Dream, low_confidence for all others)")
-    parser.add_argument("--threshold", type=float, help="commit every token at least this sure, e.g. 0.9; --steps is then an upper bound only")
+    parser.add_argument("--threshold", type=float, help="commit every token at least this sure, e.g. 0.9, in place of --steps")
     parser.add_argument("--eos", default="allow", choices=["allow", "last", "forbid"],
                         help="end of text: allow; last = commit it only when nothing else is left; forbid")
     parser.add_argument("--top_p", type=float, help="Dream's orders only")
@@ -304,14 +306,15 @@ def main():
         parser.error("--checkpoint and --prompt are needed")
     if args.explain and not args.checkpoint:
         gen = args.gen_length or 128
-        check_settings(gen, args.steps or gen, args.block_length or gen, args.remasking or "low_confidence", args.eos, args.threshold, 0, gen)
-        return print(explain(gen, args.steps or gen, args.block_length or gen, args.cfg, args.threshold))
+        steps, block = args.steps or gen, args.block_length or gen
+        check_settings(gen, steps, block, args.remasking or "low_confidence", args.eos, args.threshold, 0, gen)
+        return print(explain(gen, steps, block, args.cfg, args.threshold))
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, args.dtype and getattr(torch, args.dtype))
     cfg = backbone.cfg
     cfg.chat = cfg.chat if args.chat is None else args.chat
     gen = args.gen_length or (6 if cfg.family == "tiny" else 128)
-    settings = dict(gen_length=gen, steps=args.steps or gen, block_length=args.block_length or gen, temperature=args.temperature,
-                    cfg=args.cfg, threshold=args.threshold, eos=args.eos, top_p=args.top_p, top_k=args.top_k, alg_temp=args.alg_temp,
+    settings = dict({name: getattr(args, name) for name in ("temperature", "cfg", "threshold", "eos", "top_p", "top_k", "alg_temp")},
+                    gen_length=gen, steps=args.steps or gen, block_length=args.block_length or gen,
                     remasking=args.remasking or ("entropy" if cfg.family == "dream" else "low_confidence"))
     if settings["remasking"] not in DREAM_ORDERS and (args.top_p or args.top_k or args.alg_temp):
         raise ValueError(f"--top_p, --top_k and --alg_temp belong to Dream's orders, not to {settings['remasking']}")
@@ -340,7 +343,7 @@ def main():
                 print(f"  pass {passes[0]:>3} | {line}")
             if isinstance(state, tuple) and state[2] is not None:            # MetaState: what the slots did
                 slots, _, weights = state
-                moved = (slots - slots_before[-1]).norm(dim=-1).mean().item() if slots_before else slots.norm(dim=-1).mean().item()
+                moved = (slots - (slots_before[-1] if slots_before else 0)).norm(dim=-1).mean().item()
                 slots_before.append(slots)
                 looked = weights[0].sum((0, 1))[:xt.shape[1] - gen]         # (prompt tokens,), first row
                 top = [f"{tokenizer.decode([int(xt[0, i])])}@{i}" for i in looked.topk(min(3, len(looked))).indices.tolist()]

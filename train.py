@@ -289,7 +289,8 @@ class Run:
 
     def order(self, epoch):
         if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, random.Random(f"{self.cfg.seed} epoch {epoch}").sample(range(len(self.pairs)), len(self.pairs))
+            rng, n = random.Random(f"{self.cfg.seed} epoch {epoch}"), len(self.pairs)
+            self._epoch, self._order = epoch, rng.sample(range(n), n)
         return self._order
 
     def split(self, rows):
@@ -343,7 +344,8 @@ class Run:
 
     def write_log(self, step, done):
         if self.rank == 0:
-            row = dict(step=step, loss=self.loss, grad_norm=self.grad_norm, lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
+            row = dict(step=step, loss=self.loss, grad_norm=self.grad_norm, lr=self.schedule.get_last_lr()[0],
+                       seconds=round(self.seconds, 2))
             if done % self.cfg.eval_every == 0 or done == self.cfg.steps:
                 row["held_out_off"] = self.held_out
             with open(self.log, "a") as f:
@@ -357,8 +359,9 @@ class Run:
         prompt), leak (phi adapted to the very tokens that are scored, as in the paper's Fig. 4: an upper bound, no result),
         metastate (slots after one pass over the same canvas)."""
         generator, cfg, total, count = torch.Generator().manual_seed(0), self.backbone.cfg, 0.0, 0
-        pairs = self.held if self.pairs is not None else niah_pairs(self.tokenizer, cfg, self.cfg.tasks, self.cfg.context, n, 0, "eval")
-        size = self.cfg.batch_size if cfg.family != "tiny" else 64
+        pairs, size = self.held if self.pairs is not None else None, self.cfg.batch_size if cfg.family != "tiny" else 64
+        if pairs is None:
+            pairs = niah_pairs(self.tokenizer, cfg, self.cfg.tasks, self.cfg.context, n, 0, "eval")
         for i in range(0, len(pairs), size):
             b = collate(pairs[i:i + size], cfg, niah.BUDGET if self.pairs is None else 0, generator)
             b = b._replace(t=(torch.arange(len(b.t)) + 0.5) / len(b.t)).rows(0, size, self.device)
@@ -376,7 +379,8 @@ class Run:
                     phi = memdlm.adapt_to_prompt(self.backbone, xt, b.attend, b.given, self.mem)
                 elif arm == "leak":
                     first, ctx = memdlm.first_fast_layer(self.backbone, self.mem), self.backbone.context(xt, b.attend)
-                    phi, h = memdlm.init_phi(self.backbone, len(xt), self.mem), self.backbone.run(self.backbone.embed(xt), ctx, 0, first)
+                    phi = memdlm.init_phi(self.backbone, len(xt), self.mem)
+                    h = self.backbone.run(self.backbone.embed(xt), ctx, 0, first)
                     ratio = (masked.sum(1) / (~b.given).sum(1)).clamp(min=1e-3)
                     for _ in range(2):
                         phi = memdlm.inner_step(self.backbone, phi, h, ctx, b.x0, masked, 1 / ratio, self.mem)
@@ -392,8 +396,8 @@ class Run:
         sample.py and niah.py read it."""
         if self.rank > 0:
             return
-        state = dict(step=done, seconds=self.seconds, trained=[p.detach().cpu() for p in self.trained], optimizer=self.optimizer.state_dict(),
-                     schedule=self.schedule.state_dict(), settings=self.settings())
+        state = dict(step=done, seconds=self.seconds, trained=[p.detach().cpu() for p in self.trained],
+                     optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), settings=self.settings())
         write_atomically(self.out / "resume.pt", lambda path: torch.save(state, path))
         if self.meta is not None:
             metastate.save(self.meta, self.out, self.base, self.mark)
@@ -402,7 +406,8 @@ class Run:
                 save_adapter(self.backbone, self.out, self.base)
             else:
                 save_backbone(self.backbone, self.out, self.tokenizer)
-            write_atomically(self.out / "memory.json", lambda path: Path(path).write_text(json.dumps(dataclasses.asdict(self.mem), indent=1)))
+            text = json.dumps(dataclasses.asdict(self.mem), indent=1)
+            write_atomically(self.out / "memory.json", lambda path: Path(path).write_text(text))
 
     def settings(self):
         """What must be the same for a resumed run to be the same run."""
@@ -463,17 +468,19 @@ def estimate(cfg, method, batch, length, lora, scored=1.0, mem=None, meta_cfg=No
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         else:
             trained = weights
-        phi = sum(w.A[0].numel() + w.B[0].numel() for w in memdlm.init_phi(model, 1, mem).values()) if method == "memdlm" else 0
+        fast = memdlm.init_phi(model, 1, mem) if method == "memdlm" else {}
+        phi = sum(w.A[0].numel() + w.B[0].numel() for w in fast.values())
     tokens, passes = batch * length, meta_cfg.unroll if method == "metastate" else 1
     ffn = cfg.d_ff * max(1, cfg.experts_per_token)
-    layer = tokens * (10 * D + 3 * cfg.n_heads * cfg.head_dim + 4 * ffn) * weight_bytes     # what one layer keeps for its backward
+    layer = tokens * (10 * D + 3 * cfg.n_heads * cfg.head_dim + 4 * ffn) * weight_bytes     # kept for one layer's backward
     start = meta_cfg.inject_layers[0] if method == "metastate" else 0
     kept = tokens * D * weight_bytes * (L - start) + layer if checkpointing else layer * (L - start)
     return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
             "trained, gradient, Adam": 16 * trained,
-            "fast weights": 4 * 4 * phi * batch,                            # phi, its gradient, the new phi, A and B seen by the outer pass
+            "fast weights": 4 * 4 * phi * batch,                            # phi, its gradient, the new phi, a temporary
             "activations": kept * passes,
-            "logits": int(tokens * scored) * cfg.vocab_size * (weight_bytes + 8) * passes}  # as computed, in fp32, and the gradient
+            # as computed, in fp32, and their gradient
+            "logits": int(tokens * scored) * cfg.vocab_size * (weight_bytes + 8) * passes}
 
 
 def show_estimate(parts):
@@ -509,12 +516,14 @@ def add_options(parser, cls):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            parser.add_argument(f"--{f.name}", type=str if f.type is list else f.type, default=f.default, help=text + default, **more)
+            kind = str if f.type is list else f.type
+            parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text + default, **more)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone runs on a "
-                                     "laptop in minutes: it pretrains a tiny backbone once, fine-tunes it, and prints what the memory does.")
+    parser = argparse.ArgumentParser(
+        description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone runs on a laptop in minutes: "
+                    "it pretrains a tiny backbone once, fine-tunes it, and prints what the memory does.")
     add_options(parser, TrainConfig)
     group = parser.add_argument_group("MemDLM (memdlm.py)")
     add_options(group, MemDLMConfig)
@@ -523,7 +532,8 @@ def parse(argv=None):
         many = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type)
         group.add_argument(f"--{f.name}", help=comments(MetaStateConfig)[f.name], **many)
     parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
-    parser.add_argument("--estimate", action="store_true", help="print the memory that training would need, and stop (reads config.json only)")
+    parser.add_argument("--estimate", action="store_true",
+                        help="print the memory that training would need, and stop (reads config.json only)")
     args = parser.parse_args(argv)
     take = lambda cls: cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
     meta = {f.name: getattr(args, f.name) for f in dataclasses.fields(MetaStateConfig) if getattr(args, f.name) is not None}
@@ -551,7 +561,8 @@ def resolve(cfg, mem, family):
     for name, value in (("lr", cfg.lr), ("inner_lr", mem.inner_lr), ("rank", mem.rank), ("clip", mem.clip)):
         if not (value > 0 or (name != "rank" and value == 0)) or not math.isfinite(value):
             raise ValueError(f"--{name} must be a positive number, not {value}")
-    for name, value in (("full_share", cfg.full_share), ("warmup", cfg.warmup), ("prompt_ratio", mem.prompt_ratio), ("fraction", mem.fraction)):
+    for name, value in (("full_share", cfg.full_share), ("warmup", cfg.warmup), ("prompt_ratio", mem.prompt_ratio),
+                        ("fraction", mem.fraction)):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
     if mem.inner_on not in ("response", "prompt"):
@@ -564,11 +575,13 @@ def resolve(cfg, mem, family):
 def pretrained(cfg):
     """The tiny backbone that memdlm and metastate start from, trained once with plain MDLM and then reused."""
     out = Path("runs") / f"pretrained-seed{cfg.seed}"
-    first, wanted = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True), DEFAULTS["pretrain"][0]
+    first = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True)
+    wanted = DEFAULTS["pretrain"][0]
     if (out / "resume.pt").exists() and torch.load(out / "resume.pt", weights_only=True)["step"] == wanted:
         print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do it again)")
     else:
-        print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, into {out}; later runs reuse it")
+        print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, into {out}; "
+              f"later runs reuse it")
         train(first, MemDLMConfig(), {})
     return str(out)
 
@@ -616,12 +629,14 @@ def train(cfg, mem, meta_options):
     run = Run(cfg, mem, meta_cfg, backbone, tokenizer, base_name(source), stage)
     if run.rank == 0:
         prepare_out(cfg)
-        trained, frozen = sum(p.numel() for p in run.trained), sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in run.trained)
+        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
         print(f"{cfg.method} from {source} into {cfg.out}: {cfg.steps} steps of {run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, "
               f"torch {torch.__version__} on {device}\n{trained:,} trained parameters"
-              + (f", {frozen:,} frozen ({100 * trained / frozen:.2f} %)" if frozen else "")
-              + (f"; first loss about ln V = {math.log(backbone.cfg.vocab_size):.2f} x the share of masked tokens" if stage == "pretrain" else "")
-              + f"\nmemory estimate: {show_estimate(parts)}")
+              + (f", {frozen:,} frozen ({100 * trained / frozen:.2f} %)" if frozen else ""))
+        if stage == "pretrain":
+            print(f"first loss about ln V = {math.log(backbone.cfg.vocab_size):.2f} x the share of masked tokens")
+        print(f"memory estimate: {show_estimate(parts)}")
     if run.world > 1:
         dist.barrier()
     if cfg.resume:
@@ -649,15 +664,16 @@ def report(run):
     arms = {"off": no_memory, "on": memdlm.prompt_memory(run.mem)}
     if run.meta is not None:
         arms = {"frozen": no_memory, metastate.ARMS[run.meta.cfg.memory]: run.meta.memory()}
-        print(f"\nheld-out loss: frozen {run.held_out_loss('off'):.3f}, second pass over the same canvas {run.held_out_loss('metastate'):.3f}")
+        print(f"\nheld-out loss: frozen {run.held_out_loss('off'):.3f}, "
+              f"second pass over the same canvas {run.held_out_loss('metastate'):.3f}")
     else:
         print(f"\nheld-out loss: memory off {run.held_out_loss('off'):.3f}, adapted to the prompt {run.held_out_loss('prompt'):.3f}"
               f"   (leaky, fitted to the scored tokens: {run.held_out_loss('leak'):.3f}; an upper bound, no result)")
     if cfg.n_eval:
         if run.meta is not None:
             rows = niah.recompute(run.backbone, run.tokenizer, arms, cfg.tasks, 0, cfg.n_eval, 1, 6, run.out / "niah.jsonl")
-            print("\npasses over an unchanged, fully masked answer, then one commit\n" + niah.table(rows, by="steps") + "\n\ndecoding")
-        rows = niah.evaluate(run.backbone, run.tokenizer, arms, cfg.tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl", method=cfg.method)
+            print(f"\npasses over an unchanged, fully masked answer, then one commit\n{niah.table(rows, by='steps')}\n\ndecoding")
+        rows = niah.evaluate(run.backbone, run.tokenizer, arms, cfg.tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
@@ -687,8 +703,8 @@ def print_estimate(cfg, mem, meta_options):
     folder = find_folder(source) if source != "tiny" else None
     backbone_cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json") if folder else BackboneConfig()
     resolve(cfg, mem, backbone_cfg.family)
-    parts = estimate(backbone_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, mem, metastate_config(backbone_cfg, meta_options),
-                     checkpointing=cfg.checkpointing)
+    parts = estimate(backbone_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, mem,
+                     metastate_config(backbone_cfg, meta_options), checkpointing=cfg.checkpointing)
     print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n{show_estimate(parts)}")
 
 
@@ -704,11 +720,12 @@ def bench_steps(batch=4, length=256):
     device = default_device()
     model = Backbone(BENCH).init_weights().to(device)
     meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
-    x0, attend = torch.randint(3, 2048, (batch, length), device=device), torch.ones(batch, length, dtype=torch.bool, device=device)
+    x0 = torch.randint(3, 2048, (batch, length), device=device)
+    attend = torch.ones_like(x0, dtype=torch.bool)
     given = attend.clone()
     given[:, length // 2:] = False
-    t, u, n, mem = torch.full((batch,), 0.5, device=device), torch.rand(batch, length, device=device), batch * length // 2, MemDLMConfig()
-    ones = torch.ones(batch, device=device)
+    ones, u, n, mem = torch.ones(batch, device=device), torch.rand(batch, length, device=device), batch * length // 2, MemDLMConfig()
+    t = 0.5 * ones
 
     def mdlm():
         model.requires_grad_(True)
@@ -731,7 +748,7 @@ def bench_steps(batch=4, length=256):
 
     def unrolled():
         model.requires_grad_(False)
-        metastate.loss_unrolled(meta, model, x0, given, attend, t, torch.zeros(batch, dtype=torch.bool, device=device), 4, 0, u, batch).backward()
+        metastate.loss_unrolled(meta, model, x0, given, attend, t, ones < 0, 4, 0, u, batch).backward()
     return {"mdlm": mdlm, "memdlm": ours, "memdlm, trunk recomputed": recomputed, "metastate, K = 4, frozen": unrolled}
 
 
@@ -783,8 +800,8 @@ def bench_denoising():
     tiny, mem = load_backbone("tiny", device), MemDLMConfig()
     prompts = torch.randint(3, 139, (16, 64), device=device)
     every = torch.ones_like(prompts, dtype=torch.bool)
-    adapt = clock({"16 prompts at once": lambda: memdlm.adapt_to_prompt(tiny, prompts, None, every, mem),
-                   "one by one": lambda: [memdlm.adapt_to_prompt(tiny, prompts[i:i + 1], None, every[:1], mem) for i in range(16)]}, 10)
+    one_by_one = lambda: [memdlm.adapt_to_prompt(tiny, p[None], None, every[:1], mem) for p in prompts]
+    adapt = clock({"16 prompts at once": lambda: memdlm.adapt_to_prompt(tiny, prompts, None, every, mem), "one by one": one_by_one}, 10)
     return one, {name: s / 8 for name, s in head.items()}, adapt
 
 
