@@ -338,11 +338,12 @@ def table_over_seeds(files, metric, by):
         name = Path(file).parent.name
         for line in Path(file).read_text().splitlines():
             r = json.loads(line)
-            key = (r["task"], re.sub(r"-seed\d+$", "", name) + " " + r["arm"])
-            groups.setdefault(key, {}).setdefault(r[by], {}).setdefault(name, []).append(r[metric])
             columns.add(r[by])
+            for task in (r["task"], "all"):
+                key = (task, re.sub(r"-seed\d+$", "", name) + " " + r["arm"])
+                groups.setdefault(key, {}).setdefault(r[by], {}).setdefault(name, []).append(r[metric])
     lines = [f"{metric + ' by ' + by:<18}{'run, arm':<26}" + "".join(f"{c:>14}" for c in sorted(columns)) + "  seeds"]
-    for (task, arm), cells in sorted(groups.items(), key=lambda g: list(TASKS).index(g[0][0])):
+    for (task, arm), cells in sorted(groups.items(), key=lambda g: [*TASKS, "all"].index(g[0][0])):
         text, seeds = "", 0
         for c in sorted(columns):
             means = torch.tensor([sum(v) / len(v) for v in cells.get(c, {}).values()])
