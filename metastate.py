@@ -199,8 +199,7 @@ class MetaState(nn.Module):
     def place_code(self, offset):
         """The place `offset` tokens from the start of the answer, the same code for each head: (...) -> (..., S).
 
-        In units of the distance between two slots; the factor makes attention look at one place at the start, not at all (flat
-        attention was never left in training)."""
+        In units of the distance between two slots; the factor 3 lets a slot start out looking at about one place."""
         unit = self.cfg.span / self.cfg.num_slots
         return 3 * sinusoid(offset / unit, self.cfg.slot_dim // self.cfg.slot_heads, longest=64).tile(self.cfg.slot_heads)
 

@@ -80,7 +80,7 @@ class TrainConfig:
     overwrite: bool = option(False, "delete what is in --out and start anew")
 
 
-# steps, batch_size, lr, full_share, by what is trained. lr: 2e-3 from noise was the largest stable of 1e-3, 2e-3, 3e-3;
+# steps, batch_size, lr, full_share, by what is trained. lr: 2e-3 from noise (not tuned; 3e-3 learns as well);
 # fine-tuning 2e-5 as in MemDLM, section 4.1: at 2e-4 its shortcut cost one seed of three half of its multikey accuracy.
 DEFAULTS = {"pretrain": (6000, 48, 2e-3, 0.3), "finetune": (400, 32, 2e-5, 0.5), "lora": (1000, 2, 2e-5, 0.0),
             "metastate": (3000, 32, 2e-3, 0.0)}
