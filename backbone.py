@@ -15,6 +15,7 @@ Run: python backbone.py --check GSAI-ML/LLaDA-8B-Instruct      (a hub name or a 
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -565,7 +566,7 @@ def save_backbone(model, folder, tokenizer=None):
     cfg = dataclasses.replace(model.cfg)
     weights = {official_name(n, cfg.family): p.detach().contiguous().cpu() for n, p in model.named_parameters()}
     write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
-    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(cfg)}
+    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(cfg), "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
     write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw, indent=1)))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -644,9 +645,16 @@ def load_tokenizer(name_or_path):
         return load_tokenizer(adapter_base(folder))
     dream = "DreamModel" in read_json(folder / "config.json").get("architectures", []) and (folder / "vocab.json").exists()
     try:                                        # AutoTokenizer would ask for Dream's remote class; Qwen2's gives the same ids
-        return (Qwen2Tokenizer if dream else PreTrainedTokenizerFast).from_pretrained(str(folder))
+        tokenizer = (Qwen2Tokenizer if dream else PreTrainedTokenizerFast).from_pretrained(str(folder))
     except Exception as e:
         raise ValueError(f"{folder}: no tokenizer could be read ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    if read_json(folder / "config.json").get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
+        raise ValueError(f"{folder}: the tokenizer has another vocabulary than the one the model was trained with")
+    return tokenizer
+
+
+def vocabulary_hash(tokenizer):
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 # LLaDA-MoE's card could not be read here; this is the format of the same authors' LLaDA2 (assumed)

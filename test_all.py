@@ -306,6 +306,11 @@ def test_checkpoints_survive_a_round_trip_and_bad_ones_are_named(tmp_path):
     assert torch.equal(load_backbone(tmp_path / "a", "cpu")(ids), model(ids))
     assert load_tokenizer(tmp_path / "a").mask_token_id == 1
 
+    vocabulary = (tmp_path / "a/tokenizer.json").read_text()
+    (tmp_path / "a/tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        load_tokenizer(tmp_path / "a")
+
     def broken(change, message, family="llada"):
         folder = tmp_path / f"broken{len(list(tmp_path.iterdir()))}"
         tensors = write_checkpoint(folder, family)
