@@ -51,8 +51,9 @@ class MetaStateConfig:
         """ValueError for what cannot be built on a backbone of n_layers layers."""
         if self.slot_dim % self.slot_heads:
             raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of slot_heads={self.slot_heads}")
-        if self.slot_dim % 2 or self.cond_dim % 2:
-            raise ValueError(f"slot_dim={self.slot_dim} and cond_dim={self.cond_dim} must be even (sine and cosine)")
+        if self.slot_dim // self.slot_heads % 2 or self.cond_dim % 2:
+            raise ValueError(f"slot_dim / slot_heads = {self.slot_dim // self.slot_heads} and cond_dim={self.cond_dim} must be even: "
+                             f"their codes are pairs of sine and cosine")
         if min(self.num_slots, self.unroll, self.span) < 1:
             raise ValueError(f"num_slots={self.num_slots}, unroll={self.unroll} and span={self.span} must be at least 1")
         layers = sorted(set(self.inject_layers))
