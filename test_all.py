@@ -893,7 +893,7 @@ def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batc
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", "3", "--lr", "1e-2", "--lora", "4", "--rank", "4",
                "--n_eval", "0", "--max_len", "64", "--device", "cpu"]
     run_train(*options, "--batch_size", 4, "--out", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", str(HERE / "train.py"), *options,
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "train.py"), *options,
                     "--batch_size", "2", "--out", "two"], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
     losses = [[json.loads(row)["loss"] for row in Path(f"{o}/log.jsonl").read_text().splitlines()] for o in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3

@@ -417,8 +417,7 @@ class Run:
 
     def resume(self):
         path = self.out / "resume.pt"
-        if not path.exists():
-            print(f"no {path} yet: starting from the beginning")
+        if not path.exists():                                               # killed before the first checkpoint
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -484,7 +483,8 @@ def estimate(cfg, method, batch, length, lora, scored=1.0, mem=None, meta_cfg=No
 
 
 def show_estimate(parts):
-    return ", ".join(f"{k} {v / 1e9:.1f}" for k, v in parts.items() if v) + f"; together {sum(parts.values()) / 1e9:.1f} GB"
+    unit, size = ("GB", 1e9) if sum(parts.values()) > 1e9 else ("MB", 1e6)
+    return ", ".join(f"{k} {v / size:.1f}" for k, v in parts.items() if v) + f"; together {sum(parts.values()) / size:.1f} {unit}"
 
 
 def device_memory(device):
