@@ -369,7 +369,7 @@ def depth_grid(rows, arm, colour, bins=5):
     return "\n".join([f"  depth      " + "".join(f"{L:>5} " for L in lengths) + f"  arm: {arm}"] + lines)
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rows", nargs="+", metavar="JSONL", help="instead: one table from saved files, mean ± sd over seeds")
@@ -392,6 +392,11 @@ def main():
                         help="recall: RULER's; exact: order and number count")
     parser.add_argument("--out", help="JSONL of every sample's output (default: niah.jsonl in CHECKPOINT, for a hub name here)")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
+    return parser
+
+
+def main():
+    parser = arguments()
     args = parser.parse_args()
     if args.n < 1 or min(args.lengths) < 1:
         raise ValueError("--n and --lengths must be positive")

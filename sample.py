@@ -275,7 +275,7 @@ def show_canvas(xt, new, start, tokenizer, cfg, colour):
     return " ".join(words)
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Decode prompts with a masked-diffusion LM, with and without its memory.")
     parser.add_argument("--checkpoint",
                         help="a folder written by train.py, a hub name (GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
@@ -302,6 +302,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="for temperature > 0 and random orders (default 0)")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's own")
+    return parser
+
+
+def main():
+    parser = arguments()
     args = parser.parse_args()
     if args.vocabulary:
         return print(" ".join(tiny_vocabulary()))
