@@ -720,6 +720,7 @@ def cli(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted (a training run goes on with --resume)", file=sys.stderr)
         sys.exit(130)
 
 
