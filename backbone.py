@@ -267,9 +267,9 @@ class Backbone(nn.Module):
         """ids (B, L); attend (B, L) bool, False = padding, wherever it stands. Call once per canvas, use for every slice."""
         L, cfg, bias, source = ids.shape[1], self.cfg, None, None
         positions = torch.arange(L, device=ids.device)[None]                # (1, L)
-        if attend is not None and not bool(attend.all()):
+        if attend is not None and not attend.bool().all():
             positions = (attend.long().cumsum(1) - 1).clamp(min=0)          # (B, L) counted from the first real token
-            bias = attend[:, None, None, :]
+            bias = attend.bool()[:, None, None, :]
         # fp32 and never a buffer: a buffer would be cast by .to(bfloat16) or left uninitialised by a load from meta
         inv_freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device=ids.device).float() / cfg.head_dim)
         angles = positions[..., None].float() * inv_freq

@@ -67,7 +67,7 @@ def generate(backbone, prompts, *, gen_length, steps, block_length, temperature=
     B, start = prompts.shape
     xt = torch.cat([prompts.to(device), torch.full((B, gen_length), mask_id, device=device)], dim=1)
     if attend is not None:
-        attend = torch.cat([attend.to(device), torch.ones(B, gen_length, dtype=torch.bool, device=device)], dim=1)
+        attend = torch.cat([attend.to(device).bool(), torch.ones(B, gen_length, dtype=torch.bool, device=device)], dim=1)
     fixed = xt != mask_id                                                   # (B, L); padding counts as fixed
     position = torch.arange(xt.shape[1], device=device)
     predict, state = memory(backbone, xt, attend, start)

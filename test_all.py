@@ -202,6 +202,7 @@ def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
     attend = torch.cat([pads.bool(), row >= 0] if side == "left" else [row >= 0, pads.bool()], 1)
     ids, attend = torch.cat([ids, torch.randint(3, 40, (1, 14))]), torch.cat([attend, torch.ones(1, 14, dtype=torch.bool)])
     torch.testing.assert_close(model(ids, attend)[0][attend[0]], model(row)[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(ids, attend.long()), model(ids, attend))       # a tokenizer's 0/1 mask does as well
 
 
 def test_slices_of_layers_compose_to_the_whole_and_the_head_can_run_on_chosen_positions(model):
