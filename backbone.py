@@ -336,8 +336,8 @@ def masked_loss(logits, x0, masked, weight, n_maskable):
     """Sum over masked tokens of weight * CE(p_theta(x0_i | xt)), divided by the number of maskable tokens.
 
     logits (N, V) at the masked positions in row-major order; weight (B,): 1/t gives the bound on the likelihood, ones the
-    uniform loss that the tiny preset trains with (it reaches 90 % in two thirds of the time: 1/t spends its gradient on rows
-    with almost nothing masked). n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact.
+    uniform loss that the tiny preset trains with (a prototype, one seed: 90 % in 35 against 53 CPU-seconds; 1/t spends its
+    gradient on rows with almost nothing masked). n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact.
     """
     ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")      # (N,)
     return (ce * weight.to(ce)[masked.nonzero()[:, 0]]).sum() / n_maskable

@@ -366,7 +366,7 @@ def depth_grid(rows, arm, colour, bins=5):
             shade = 0 if not cell else [196, 208, 226, 118, 46][min(4, int(share * 5))]
             cells.append(f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour and cell else text)
         lines.append(f"  {100 * b // bins:>3}-{100 * (b + 1) // bins:<3} %  " + "".join(cells))
-    return "\n".join([f"  depth      " + "".join(f"{L:>5} " for L in lengths) + f"  arm: {arm}"] + lines)
+    return "\n".join(["  depth      " + "".join(f"{L:>5} " for L in lengths) + f"  arm: {arm}"] + lines)
 
 
 def arguments():

@@ -25,7 +25,7 @@ import metastate
 import niah
 import sample
 import train
-from backbone import Backbone, BackboneConfig, LowRank, corrupt, load_backbone, load_tokenizer, masked_loss
+from backbone import Backbone, BackboneConfig, corrupt, load_backbone, load_tokenizer, masked_loss
 from memdlm import MemDLMConfig
 from metastate import MetaState, MetaStateConfig
 
@@ -136,7 +136,6 @@ def write_checkpoint(folder, family, dtype=torch.float32, **overrides):
 def independent_model(family, tensors, folder):
     """The same weights in a model of transformers, which attends fully because it is given an all-zero additive mask."""
     import transformers
-    c = CONFIGS[family]
     common = dict(vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, attn_implementation="eager", max_position_embeddings=128)
     if family == "llada":
         rename = {"wte": "embed_tokens", "ln_f": "norm", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",

@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -602,7 +601,7 @@ def train(cfg, mem, meta_options):
     """One run from start to end; returns the Run."""
     source = cfg.init or cfg.backbone
     if source != "tiny":                                                    # read configurations before any long work
-        folder = find_folder(source)
+        find_folder(source)
     tokenizer = load_tokenizer(source)
     if source == "tiny" and cfg.method != "mdlm":
         resolve(dataclasses.replace(cfg, init="pretrained"), mem, "tiny")
