@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -497,13 +498,33 @@ def read_json(path):
 
 
 def open_shard(path, device="cpu"):
+    """A safetensors file, opened. ValueError if it is cut short or, for a file of ours, if a single bit of it has changed."""
     from safetensors import SafetensorError, safe_open
     try:
-        return safe_open(str(path), framework="pt", device=str(device))
+        shard = safe_open(str(path), framework="pt", device=str(device))
+        expected = (shard.metadata() or {}).get("crc32")
+        if expected and expected != checksum({k: shard.get_tensor(k).cpu() for k in shard.keys()}):
+            raise ValueError("its checksum does not match")
+        return shard
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read ({e}): truncated or corrupted? Fetch or save it again") from None
+
+
+def checksum(tensors):
+    """CRC-32 of names and bytes. The format has none of its own, and a flipped bit in a weight is a wrong number in a table."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def save_tensors(tensors, path):
+    """{name: tensor} -> a safetensors file with its checksum in the header."""
+    from safetensors.torch import save_file
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata={"format": "pt", "crc32": checksum(tensors)}))
 
 
 def load_weights(model, folder, device="cpu", dtype=None):
@@ -536,8 +557,15 @@ def load_weights(model, folder, device="cpu", dtype=None):
     return model
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def default_device(wanted=None):
+    """`wanted` if it can be used here (else ValueError), by default the fastest there is."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {wanted!r} cannot be used here ({str(e).splitlines()[0][:80]}); cpu always can") from None
+    return wanted
 
 
 def load_backbone(name_or_path, device=None, dtype=None):
@@ -545,7 +573,7 @@ def load_backbone(name_or_path, device=None, dtype=None):
     or an adapter folder in PEFT's format (its base is loaded first). Returns a Backbone in eval mode.
 
     device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's. Errors: FileNotFoundError, ValueError."""
-    device = device or default_device()
+    device = default_device(device)
     if name_or_path == "tiny":
         return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
     folder = find_folder(name_or_path)
@@ -560,24 +588,26 @@ def load_backbone(name_or_path, device=None, dtype=None):
 
 def save_backbone(model, folder, tokenizer=None):
     """config.json, model.safetensors and the tokenizer, in our own layout; load_backbone reads it back."""
-    from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = dataclasses.replace(model.cfg)
-    weights = {official_name(n, cfg.family): p.detach().contiguous().cpu() for n, p in model.named_parameters()}
-    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
-    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(cfg), "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
+    save_tensors({official_name(n, model.cfg.family): p for n, p in model.named_parameters()}, folder / "model.safetensors")
+    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg), "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
     write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw, indent=1)))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def write_atomically(path, write):
-    """A reader, or a run that is killed here, sees the old file or the new one, never half of one."""
+    """A reader, or a run that is killed here or finds the disk full, sees the old file or the new one, never half of one."""
     part = f"{path}.part"
-    write(part)
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
+    try:
+        write(part)
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+    except Exception as e:                                                  # torch and safetensors have their own errors for a full disk
+        Path(part).unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({type(e).__name__}: {str(e).splitlines()[0]}); what was there before is "
+                      f"intact. Disk full? Make room and go on with --resume") from e
     os.replace(part, path)
 
 
@@ -592,11 +622,10 @@ def adapter_base(folder):
 
 def save_adapter(model, folder, base):
     """adapter_config.json + adapter_model.safetensors with the key names that PEFT gives the official model class."""
-    from safetensors.torch import save_file
     folder, family = Path(folder), model.cfg.family
     folder.mkdir(parents=True, exist_ok=True)
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_rank}
-    tensors = {f"base_model.model.{official_name(n, family)}.lora_{x}.weight": getattr(m, f"lora_{x}").detach().cpu().contiguous()
+    tensors = {f"base_model.model.{official_name(n, family)}.lora_{x}.weight": getattr(m, f"lora_{x}")
                for n, m in adapted.items() for x in "AB"}
     first = next(iter(adapted.values()))
     # a regular expression over full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too
@@ -604,7 +633,7 @@ def save_adapter(model, folder, base):
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base), r=first.lora_rank,
                   lora_alpha=round(first.lora_scale * first.lora_rank), lora_dropout=0.0, bias="none", fan_in_fan_out=False,
                   inference_mode=True, target_modules="|".join(names))
-    write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path))
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     write_atomically(folder / "adapter_config.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
 
 

@@ -29,9 +29,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from backbone import corrupt, load_backbone, open_shard, read_json, write_atomically
+from backbone import corrupt, load_backbone, open_shard, read_json, save_tensors, write_atomically
 
 
 @dataclass
@@ -285,8 +284,7 @@ def save(model, folder, base, mark):
     """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and its fingerprint, `mark`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    write_atomically(folder / "metastate.safetensors", lambda path: save_file(weights, path))
+    save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")
     config = dict(backbone=str(base), fingerprint=mark, config=asdict(model.cfg))
     write_atomically(folder / "metastate.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
 
