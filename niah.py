@@ -37,6 +37,7 @@ class Sample:
     refs: list                   # what must occur in it (recall)
     chance: float                # recall of a guesser who copies random candidates of the right kind from the prompt
     depth: float = 0.0           # where the asked needle lies: 0 = first sentence, 1 = last
+    hops: int = 0                # facts to go through before the one that holds the answer
     length: int = 0              # nominal context length
 
 
@@ -100,7 +101,7 @@ def needles(task, rng, length, split, count, n_keys, n_values):
     rng.shuffle(facts)
     refs = [v for k, v in facts if k == asked]                               # order of appearance
     text, depths = hide(rng, [f"{k} = {v} ." for k, v in facts], f"? {asked} =", length, count)
-    return Sample(task, text, " ".join(refs), refs, n_values / len(values), depths[[k for k, _ in facts].index(asked)], length)
+    return Sample(task, text, " ".join(refs), refs, n_values / len(values), depths[[k for k, _ in facts].index(asked)], 0, length)
 
 
 def single(*args):
@@ -118,7 +119,7 @@ def multivalue(*args):
     return needles("multivalue", *args, n_keys=4, n_values=4)
 
 
-def chains(task, rng, length, split, count, hops, shuffled):
+def chains(task, rng, length, split, count, hops, shuffled, direct=False):
     used, values, chain_list = set(), set(), []
     for _ in range(2):
         names = [pick(rng, KEYS, used, split)]
@@ -132,8 +133,9 @@ def chains(task, rng, length, split, count, hops, shuffled):
     facts = [lines[c].pop(0) for c in order]                                 # definition before use, chains interleaved
     if shuffled:
         rng.shuffle(facts)
-    text, depths = hide(rng, facts, f"? = {value}", length, count)
-    return Sample(task, text, " ".join(names), names, 0.5, depths[facts.index(f"{names[0]} = {value} .")], length)
+    query, refs = (f"? {names[-1]} is", [value]) if direct else (f"? = {value}", names)
+    text, depths = hide(rng, facts, query, length, count)
+    return Sample(task, text, " ".join(refs), refs, 0.5, depths[facts.index(f"{names[0]} = {value} .")], hops, length)
 
 
 def tracking(*args):
@@ -147,6 +149,12 @@ def tracking4(*args):
     return chains("tracking4", *args, hops=4, shuffled=True)
 
 
+def resolve(rng, length, split, count):
+    """Variable tracking the other way round, answered at once: "? c is" asks for the value c holds, 0 to 4 hops up its chain.
+    No name on the way may be written down, so what one pass has worked out is lost to the next, unless there is a memory."""
+    return chains("resolve", rng, length, split, count, hops=rng.randint(0, 4), shuffled=True, direct=True)
+
+
 def common(rng, length, split, count):
     """RULER common words: 3 words stand 6 times as often as all others (its own ratio below 4K tokens). Longer texts repeat
     more; there is no filler. Answer in vocabulary order."""
@@ -157,7 +165,7 @@ def common(rng, length, split, count):
     rest = rest[:max(6, int((length / per_word - 4) / times) - 6 * len(top))]
     listing = top * (6 * times) + rest * times
     rng.shuffle(listing)
-    return Sample("common", " ".join(["list"] + listing + [". ? common"]), " ".join(top), top, 3 / len(top + rest), 0.0, length)
+    return Sample("common", " ".join(["list"] + listing + [". ? common"]), " ".join(top), top, 3 / len(top + rest), 0.0, 0, length)
 
 
 def stories(rng, length, split, count):
@@ -179,10 +187,10 @@ def stories(rng, length, split, count):
     who = holder[asked]
     text, depths = hide(rng, facts, f"? where {asked}", length, count)
     last = facts.index(f"{who} took {asked} .")
-    return Sample("stories", text, f"{who} {place[who]}", [place[who]], 1 / len(set(place.values())), depths[last], length)
+    return Sample("stories", text, f"{who} {place[who]}", [place[who]], 1 / len(set(place.values())), depths[last], 1, length)
 
 
-TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, common, stories)}
+TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, resolve, common, stories)}
 
 
 def make_samples(tasks, length, n, seed, split="train", count=count_words):
@@ -353,20 +361,21 @@ def table_over_seeds(files, metric, by):
     return "\n".join(lines)
 
 
-def depth_grid(rows, arm, colour, bins=5):
-    """Recall by needle depth (down) and context length (across); a coloured background where the output is a terminal."""
-    lengths, lines = sorted({r["length"] for r in rows}), []
-    for b in range(bins):
-        cells = []
-        for L in lengths:
-            cell = [r["recall"] for r in rows
-                    if r["arm"] == arm and r["length"] == L and min(int(r["depth"] * bins), bins - 1) == b]
-            share = sum(cell) / len(cell) if cell else math.nan
-            text = f"{100 * share:5.0f} " if cell else "    - "
-            shade = 0 if not cell else [196, 208, 226, 118, 46][min(4, int(share * 5))]
-            cells.append(f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour and cell else text)
-        lines.append(f"  {100 * b // bins:>3}-{100 * (b + 1) // bins:<3} %  " + "".join(cells))
-    return "\n".join(["  depth      " + "".join(f"{L:>5} " for L in lengths) + f"  arm: {arm}"] + lines)
+def grid(rows, arm, down, across, label, colour):
+    """Recall, %, of one arm by two properties of a row: down and across are functions of it; a coloured background where the
+    output is a terminal."""
+    cells = {}
+    for r in rows:
+        if r["arm"] == arm:
+            cells.setdefault(down(r), {}).setdefault(across(r), []).append(r["recall"])
+    columns = sorted({c for row in cells.values() for c in row})
+    lines = [f"  {label:<18}" + "".join(f"{c:>5} " for c in columns) + f"  arm: {arm}"]
+    for name in sorted(cells):
+        means = [sum(x) / len(x) if (x := cells[name].get(c)) else math.nan for c in columns]
+        shades = [0 if math.isnan(m) else [196, 208, 226, 118, 46][min(4, int(m * 5))] for m in means]
+        lines.append(f"  {name:<18}" + "".join(f"\x1b[30;48;5;{shade}m{100 * m:5.0f} \x1b[0m" if colour else f"{100 * m:5.0f} "
+                                              for m, shade in zip(means, shades)))
+    return "\n".join(lines)
 
 
 def arguments():
@@ -398,8 +407,9 @@ def arguments():
 def main():
     parser = arguments()
     args = parser.parse_args()
-    if args.n < 1 or min(args.lengths) < 1:
-        raise ValueError("--n and --lengths must be positive")
+    counts = [args.n, args.gen_length, *args.lengths, *(x for x in (*args.steps, args.passes) if x is not None)]
+    if min(counts) < 1:
+        raise ValueError("--n, --lengths, --gen_length, --steps and --passes must be at least 1")
     if args.rows:
         return print(table_over_seeds(args.rows, args.metric, args.by))
     if not args.checkpoint:
@@ -423,11 +433,14 @@ def main():
         rows = evaluate(backbone, tokenizer, arms, args.tasks, args.lengths, args.n, args.seed, out, args.gen_length, args.steps,
                         checkpoint=args.checkpoint)
     print(table(rows, args.metric, "steps" if by_steps else "length"))
-    needle_rows = [r for r in rows if r["task"] in ("single", "multikey")]
-    if needle_rows and not by_steps:
-        print("\nrecall by needle depth and length (single, multikey), %")
-        for arm in arms:
-            print(depth_grid(needle_rows, arm, sys.stdout.isatty()))
+    needle_rows, hop_rows = ([r for r in rows if r["task"] in some] for some in (("single", "multikey"), ("resolve",)))
+    for arm in arms:
+        colour = sys.stdout.isatty()
+        if needle_rows and not by_steps:
+            print("\n" + grid(needle_rows, arm, lambda r: "{0}0-{1}0 %".format(b := 2 * min(4, int(5 * r["depth"])), b + 2), lambda r: r["length"],
+                              "needle depth", colour))
+        if hop_rows and by_steps:
+            print("\n" + grid(hop_rows, arm, lambda r: r["hops"], lambda r: r["steps"], "hops, by steps", colour))
     print(f"\n{args.n} samples a cell, 95 % intervals over samples; every output: {out}")
 
 

@@ -312,6 +312,9 @@ def main():
         return print(" ".join(tiny_vocabulary()))
     if not args.explain and (not args.checkpoint or not args.prompt):
         parser.error("--checkpoint and --prompt are needed")
+    for name in ("gen_length", "steps", "block_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.explain and not args.checkpoint:
         gen = args.gen_length or 128
         steps, block = args.steps or gen, args.block_length or gen

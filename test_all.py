@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -790,6 +791,15 @@ def test_variable_tracking_can_be_solved_by_following_the_chain():
             assert names == s.refs == s.answer.split() and len(names) == hops + 1
 
 
+def test_resolve_can_be_solved_by_following_the_chain_and_tells_how_many_hops_that_takes():
+    for s in niah.make_samples(["resolve"], 64, 200, 0, "eval"):
+        holds = dict(re.findall(r"(\w+) = (\w+) \.", s.prompt))
+        at = re.search(r"\? (\w+) is$", s.prompt)[1]
+        for _ in range(s.hops + 1):
+            at = holds[at]
+        assert [at] == s.refs and s.answer == at and at.isdigit()
+
+
 def test_stories_can_be_solved_by_replaying_them():
     for s in niah.make_samples(["stories"], 64, 100, 0, "eval"):
         place, holder = {}, {}
@@ -933,6 +943,92 @@ def test_bad_command_lines_end_with_one_message_before_any_work(here, capsys):
             run_train(*argv)
         assert e.value.code == 2
     assert {f: f.read_bytes() for f in Path("taken").iterdir()} == before
+
+
+def main_of(module, argv):
+    """A script's command line in this process: its exit code, as a shell would see it."""
+    sys.argv = [f"{module.__name__}.py", *argv]
+    try:
+        bb.cli(bb.check if module is bb else module.main)
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+def test_two_hundred_random_bad_command_lines_and_jsonl_lines_give_one_message_each(here, capsys):
+    run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
+    before, rng = {f: f.read_bytes() for f in Path("taken").iterdir()}, random.Random(0)
+    junk = ["", "-", "nan", "inf", "-1", "1e999", "zwölf", "../..", "{}", "999999999999", "0x10", " "]
+    word = lambda: "".join(rng.choices("abcxyz_0-", k=rng.randint(1, 8)))
+    wrong = {   # flags that must be refused whatever else is said: a random one is put among random good ones
+        train: [lambda: ["--" + word() + "q", rng.choice(junk)], lambda: ["--method", word()], lambda: ["--tasks", word()],
+                lambda: ["--init", word()], lambda: ["--backbone", word()], lambda: ["--data", word()], lambda: ["--out", "taken"],
+                lambda: [rng.choice(["--steps", "--batch_size", "--accumulate", "--save_every"]), rng.choice(["0", "-3", "x", "1.5", "nan"])],
+                lambda: [rng.choice(["--lr", "--inner_lr", "--clip"]), rng.choice(["-1", "nan", "inf", "x"])],
+                lambda: [rng.choice(["--warmup", "--full_share", "--prompt_ratio", "--fraction"]), rng.choice(["2", "-0.1", "nan", "x"])],
+                lambda: ["--method", "metastate", rng.choice(["--num_slots", "--slot_heads", "--unroll", "--span"]), rng.choice(["0", "-2", "x"])],
+                lambda: ["--method", "metastate", rng.choice(["--inject_layers", "--read_layer"]), rng.choice(["9", "-9", "x"])],
+                lambda: ["--dtype", word()], lambda: ["--device", word() + "q"]],
+        niah: [lambda: ["--checkpoint", word()], lambda: ["--checkpoint", "taken", "--lengths", rng.choice(["0", "-5", "x", "9999999"])],
+               lambda: ["--checkpoint", "taken", "--n", rng.choice(["0", "-1", "x"])], lambda: ["--checkpoint", "taken", "--arms", word()],
+               lambda: ["--checkpoint", "taken", "--lengths", "16", "--steps", rng.choice(["0", "-1", "x"])], lambda: ["--rows", word()],
+               lambda: ["--checkpoint", "taken", "--gen_length", rng.choice(["0", "-1", "x"])], lambda: []],
+        sample: [lambda: ["--checkpoint", word(), "--prompt", "river"], lambda: ["--checkpoint", "taken", "--prompt", word() + "q"],
+                 lambda: ["--checkpoint", "taken"], lambda: ["--checkpoint", "taken", "--prompt", ""],
+                 lambda: ["--checkpoint", "taken", "--prompt", "river", rng.choice(["--gen_length", "--steps", "--block_length"]), rng.choice(["0", "-1", "x", "7.5"])],
+                 lambda: ["--checkpoint", "taken", "--prompt", "river", "--remasking", word()],
+                 lambda: ["--checkpoint", "taken", "--prompt", "river", "--top_p", "0.5"], lambda: ["--checkpoint", "taken", "--prompt", "river", "--arm", word()]],
+        bb: [lambda: [], lambda: ["--check", word()], lambda: ["--check", "taken", "--prompt", word() + "q"]]}
+    capsys.readouterr()
+    for _ in range(200):
+        module = rng.choice([train, train, niah, sample, bb])
+        argv = (["--method", "mdlm", *SMALL] if module is train else []) + rng.choice(wrong[module])()
+        code = main_of(module, argv)
+        said = capsys.readouterr().err.strip()
+        assert code == 2 and "error: " in said.splitlines()[-1] and "Traceback" not in said, (module.__name__, argv, said)
+        assert set(Path().iterdir()) == {Path("taken")}, argv
+    # one random edit of a good line: read, or refused with file and line
+    good, tokenizer, refused = '{"prompt": "river = 47 . ? river =", "response": "47"}', load_tokenizer("tiny"), 0
+    for _ in range(200):
+        line, at = list(good), rng.randrange(len(good))
+        line[at:at + rng.randint(0, 9)] = rng.choice(["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"])
+        Path("edited.jsonl").write_text(f"{good}\n{''.join(line)}\n{good}")
+        try:
+            assert len(train.read_jsonl("edited.jsonl", tokenizer, BackboneConfig(), 64)) == 3
+        except ValueError as e:
+            assert str(e).startswith("edited.jsonl, line 2: ")
+            refused += 1
+    assert refused > 100 and {f: f.read_bytes() for f in Path("taken").iterdir()} == before
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives(here):
+    options = ["--method", "mdlm", *SMALL, "--n_eval", "0", "--save_every", "1", "--out", "run"]
+    run_train(*options, "--steps", 1)
+    before = weights_of("run")
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.argv[0] = sys.argv[1]; del sys.argv[1]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    full = subprocess.run([sys.executable, "-c", limited, str(HERE / "train.py"), *map(str, options), "--steps", "1", "--overwrite", "--out", "other"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert full.returncode == 2 and "could not be written" in full.stderr and "Traceback" not in full.stderr
+    with pytest.raises(OSError, match="could not be written.*intact"):
+        bb.write_atomically("run/model.safetensors", lambda path: Path("/dev/full").write_text("x" * 10 ** 6))
+    assert weights_of("run").keys() == before.keys()
+    load_backbone("run", "cpu")
+
+
+@pytest.mark.parametrize("file, kind", [("model.safetensors", "mdlm"), ("metastate.safetensors", "metastate"), ("resume.pt", "mdlm")])
+def test_a_single_flipped_bit_or_a_missing_end_is_found_in_every_file_of_a_checkpoint(here, file, kind):
+    options = ["--method", kind, *SMALL, "--n_eval", "0", "--out", "run", "--steps"]
+    run_train(*options, 1)
+    path = Path("run") / file
+    good, rng = path.read_bytes(), random.Random(0)
+    for n in range(10):
+        bad = bytearray(good) if n < 8 else good[:rng.randrange(len(good))]
+        if n < 8:
+            at = rng.randrange(len(bad) // 4, len(bad) * 3 // 4)             # in the weights
+            bad[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="truncated or corrupted"):
+            run_train(*options, 1, "--resume") if file == "resume.pt" else sample.load_arms("run", "cpu")
 
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
