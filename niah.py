@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from backbone import (FILLER_ADJECTIVES, FILLER_NOUNS, KEYS, OBJECTS, PEOPLE, PLACES, VALUES, cli, encode, encode_prompt)
@@ -323,6 +325,29 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
     return rows
 
 
+@torch.no_grad()
+def probe(backbone, tokenizer, memory, length, n, seed, passes):
+    """What do the slots hold? A linear read-out of resolve's answer from the slots after each pass (ridge regression onto the
+    values, fitted on 4 n texts, scored on n others). Returns rows {arm, hops, steps, recall}, one a text and pass."""
+    samples = make_samples(["resolve"], length, 5 * n, seed, "eval", token_counter(tokenizer, backbone.cfg))
+    y = F.one_hot(torch.tensor([VALUES.index(s.answer) for s in samples])).double()
+    slots, rows = [], []
+    for i in range(0, len(samples), n):
+        xt, attend, start = answers_masked(backbone, tokenizer, samples[i:i + n])
+        xt[:, start:] = backbone.cfg.mask_id
+        (predict, state), after = memory(backbone, xt, attend, start), []
+        for _ in range(passes):
+            state = predict(xt, torch.ones(n, device=xt.device), state, xt == backbone.cfg.mask_id)[1]
+            after.append(state[0].flatten(1).double().cpu())                # (n, M S)
+        slots.append(torch.stack(after))
+    for p, x in enumerate(torch.cat(slots, 1), 1):                          # (5 n, M S)
+        x, held_out = F.pad(x[n:], (0, 1), value=1.0), F.pad(x[:n], (0, 1), value=1.0)
+        w = torch.linalg.solve(x.mT @ x + torch.eye(x.shape[1]), x.mT @ y[n:])
+        right = (held_out @ w).argmax(1) == y[:n].argmax(1)
+        rows += [dict(arm="probe", hops=s.hops, steps=p, recall=float(ok)) for s, ok in zip(samples, right)]
+    return rows
+
+
 def table(rows, metric="recall", by="length"):
     """Tasks x lengths (or by="steps": x forward passes), one line per task and arm: mean +- half the 95 % interval, in %."""
     columns = sorted({r[by] for r in rows})
@@ -338,26 +363,41 @@ def table(rows, metric="recall", by="length"):
     return "\n".join(lines)
 
 
-def table_over_seeds(files, metric, by):
-    """One table from saved JSONL files: mean over training seeds ± their standard deviation, in %. A run's name is its folder's,
-    without "-seedN"."""
-    groups, columns = {}, set()
+def bootstrap(values, draws=2000):
+    """Half the width of the 95 % bootstrap interval of the mean (percentiles, fixed seed)."""
+    x = np.asarray(values)
+    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
+    return (np.quantile(means, 0.975) - np.quantile(means, 0.025)) / 2
+
+
+def table_over_seeds(files, metric, by, against=None):
+    """One table from saved JSONL files, in %: mean over training seeds ± their standard deviation. A line's name is that of the
+    run's folder, without "-seedN", and the arm. against: the name of a line; then every line shows its mean difference to that
+    one on the same texts and training seeds, ± half the 95 % bootstrap interval over texts."""
+    groups, columns = {}, set()                                             # {(task, line): {column: {(training seed, text): value}}}
     for file in files:
-        name = Path(file).parent.name
+        name, _, seed = Path(file).parent.name.rpartition("-seed")
         for line in Path(file).read_text().splitlines():
             r = json.loads(line)
             columns.add(r[by])
             for task in (r["task"], "all"):
-                key = (task, re.sub(r"-seed\d+$", "", name) + " " + r["arm"])
-                groups.setdefault(key, {}).setdefault(r[by], {}).setdefault(name, []).append(r[metric])
+                cell = groups.setdefault((task, f"{name or seed} {r['arm']}"), {}).setdefault(r[by], {})
+                cell[seed, r["task"], r["seed"], r["length"], r["steps"], r["prompt"]] = r[metric]
+    if against and not any(line == against for _, line in groups):
+        raise ValueError(f"--against {against!r}: the lines are {', '.join(sorted({line for _, line in groups}))}")
     lines = [f"{metric + ' by ' + by:<18}{'run, arm':<26}" + "".join(f"{c:>14}" for c in sorted(columns)) + "  seeds"]
-    for (task, arm), cells in sorted(groups.items(), key=lambda g: [*TASKS, "all"].index(g[0][0])):
-        text, seeds = "", 0
+    for (task, name), cells in sorted(groups.items(), key=lambda g: [*TASKS, "all"].index(g[0][0])):
+        text, n_seeds = "", 0
         for c in sorted(columns):
-            means = torch.tensor([sum(v) / len(v) for v in cells.get(c, {}).values()])
-            seeds = max(seeds, len(means))
-            text += f"{100 * means.mean():>8.1f} ±{100 * means.std(correction=len(means) > 1):>4.1f}" if len(means) else f"{'-':>14}"
-        lines.append(f"{task:<18}{arm:<26}{text}{seeds:>7}")
+            cell, base = cells.get(c, {}), groups.get((task, against), {}).get(c, {})
+            values, n_seeds = {}, max(n_seeds, len({key[0] for key in cell}))
+            for key, value in cell.items():                                 # averaged over texts, or differences over seeds
+                if not against or key in base:
+                    values.setdefault(key[1:] if against else key[0], []).append(value - base[key] if against else value)
+            means = [sum(v) / len(v) for v in values.values()]
+            spread = bootstrap(means) if against and means else np.std(means, ddof=min(1, len(means) - 1)) if means else 0
+            text += f"{100 * np.mean(means):>{'+' if against else ''}8.1f} ±{100 * spread:>4.1f}" if means else f"{'-':>14}"
+        lines.append(f"{task:<18}{name:<26}{text}{n_seeds:>7}")
     return "\n".join(lines)
 
 
@@ -382,6 +422,7 @@ def arguments():
     parser = argparse.ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rows", nargs="+", metavar="JSONL", help="instead: one table from saved files, mean ± sd over seeds")
+    parser.add_argument("--against", metavar="LINE", help="with --rows: paired differences to this line, for example \"mdlm off\"")
     parser.add_argument("--by", choices=["length", "steps"], default="length", help="columns of the --rows table")
     parser.add_argument("--checkpoint", help="a folder written by train.py, a hub name, or an adapter folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
@@ -391,6 +432,8 @@ def arguments():
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation texts")
     parser.add_argument("--exposure", action="store_true",
                         help="instead: exposure bias per denoising step, published and clean ratio")
+    parser.add_argument("--probe", action="store_true",
+                        help="instead: can resolve's answer be read from MetaState's slots after each of --passes passes? (linear probe)")
     parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
     parser.add_argument("--steps", nargs="+", type=int, default=[None],
                         help="denoising steps (default: one per answer token); several: a table by steps")
@@ -411,7 +454,7 @@ def main():
     if min(counts) < 1:
         raise ValueError("--n, --lengths, --gen_length, --steps and --passes must be at least 1")
     if args.rows:
-        return print(table_over_seeds(args.rows, args.metric, args.by))
+        return print(table_over_seeds(args.rows, args.metric, args.by, args.against))
     if not args.checkpoint:
         parser.error("--checkpoint (or --rows) is needed")
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device)
@@ -423,10 +466,15 @@ def main():
         raise ValueError(f"length {max(args.lengths)} + {args.gen_length} exceeds the model's limit of {backbone.cfg.max_len}")
     out = args.out or (Path(args.checkpoint) / "niah.jsonl" if Path(args.checkpoint).is_dir() else "niah.jsonl")
     by_steps = len(args.steps) > 1 or args.passes
-    if (by_steps or args.exposure) and len(args.lengths) > 1:
-        raise ValueError("--passes, --exposure and several --steps need one length, for example --lengths 64")
+    if (by_steps or args.exposure or args.probe) and len(args.lengths) > 1:
+        raise ValueError("--passes, --exposure, --probe and several --steps need one length, for example --lengths 64")
     if args.exposure:
         return print(exposure(backbone, tokenizer, arms, args.tasks, args.lengths[0], args.n, args.seed))
+    if args.probe:
+        if "metastate" not in arms:
+            raise ValueError(f"--probe reads MetaState's slots; this checkpoint has the arms {', '.join(arms)}")
+        rows = probe(backbone, tokenizer, arms["metastate"], args.lengths[0], args.n, args.seed, args.passes or BUDGET)
+        return print(grid(rows, "probe", lambda r: r["hops"], lambda r: r["steps"], "hops, by steps", sys.stdout.isatty()))
     if args.passes:
         rows = recompute(backbone, tokenizer, arms, args.tasks, args.lengths[0], args.n, args.seed, args.passes, out)
     else:

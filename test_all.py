@@ -838,6 +838,39 @@ def test_recall_is_rulers_and_chance_is_what_a_guesser_gets():
     assert abs(sum(hits) - sum(chance)) / 2000 < 4 * 0.5 / 2000 ** 0.5 and set(chance) == {0.25}
 
 
+def test_differences_over_seeds_are_paired_by_text_and_training_seed(tmp_path):
+    def run(name, values):
+        (tmp_path / name).mkdir()
+        rows = [dict(task="single", arm="off", length=64, steps=6, seed=1, prompt=f"text {i}", recall=v) for i, v in enumerate(values)]
+        niah.append_jsonl(tmp_path / name / "niah.jsonl", rows)
+        return tmp_path / name / "niah.jsonl"
+    files = [run("old-seed0", [0, 1, 0]), run("old-seed1", [1, 1, 1]), run("new-seed0", [1, 0, 1]), run("new-seed1", [1, 1, 1])]
+    means = niah.table_over_seeds(files, "recall", "length").splitlines()
+    assert means[1].split()[3:] == ["66.7", "±47.1", "2"] and means[2].split()[3:] == ["83.3", "±23.6", "2"]
+    difference = niah.table_over_seeds(files, "recall", "length", "old off").splitlines()[2].split()
+    assert difference[:4] == ["single", "new", "off", "+16.7"]
+    assert float(difference[4].lstrip("±")) == pytest.approx(50, abs=1)      # texts differ by 50, -50, 50: resampled means -50 ... 50
+    with pytest.raises(ValueError, match="the lines are new off, old off"):
+        niah.table_over_seeds(files, "recall", "length", "old")
+
+
+def test_the_probe_reads_what_is_in_the_slots_and_nothing_else():
+    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    answers, accuracy = None, {}
+
+    def telling(backbone, xt, attend, start):
+        told = torch.tensor([[int(next(answers).answer)] for _ in xt])
+        return (lambda xt, t, state, at: (None, (F.one_hot(told, 100).float(), {}, None))), None
+
+    def silent(backbone, xt, attend, start):
+        return (lambda xt, t, state, at: (None, (torch.zeros(len(xt), 4, 8), {}, None))), None
+    for name, memory in (("telling", telling), ("silent", silent)):
+        answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
+        rows = niah.probe(model, tokenizer, memory, 32, 40, 3, 2)
+        accuracy[name] = sum(r["recall"] for r in rows) / len(rows)
+    assert accuracy["telling"] > 0.9 and accuracy["silent"] < 0.2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. train.py
 
