@@ -524,7 +524,7 @@ def save_tensors(tensors, path):
     """{name: tensor} -> a safetensors file with its checksum in the header."""
     from safetensors.torch import save_file
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata={"format": "pt", "crc32": checksum(tensors)}))
+    write_atomically(path, lambda part: save_file(tensors, part, metadata={"crc32": checksum(tensors)}))
 
 
 def load_weights(model, folder, device="cpu", dtype=None):

@@ -293,7 +293,10 @@ def load(folder, device=None, dtype=None):
     """Returns model, its backbone, and the backbone's name. ValueError if the backbone is not the one it was trained on."""
     folder = Path(folder)
     config = read_json(folder / "metastate.json")
-    backbone = load_backbone(config["backbone"], device, dtype).requires_grad_(False)
+    try:
+        backbone = load_backbone(config["backbone"], device, dtype).requires_grad_(False)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e} (the backbone named in {folder}/metastate.json; a relative path counts from here)") from None
     if fingerprint(backbone) != config["fingerprint"]:
         raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the one now at "
                          f"{config['backbone']}")

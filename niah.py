@@ -485,7 +485,7 @@ def main():
     for arm in arms:
         colour = sys.stdout.isatty()
         if needle_rows and not by_steps:
-            print("\n" + grid(needle_rows, arm, lambda r: "{0}0-{1}0 %".format(b := 2 * min(4, int(5 * r["depth"])), b + 2), lambda r: r["length"],
+            print("\n" + grid(needle_rows, arm, lambda r: ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")[min(4, int(5 * r["depth"]))], lambda r: r["length"],
                               "needle depth", colour))
         if hop_rows and by_steps:
             print("\n" + grid(hop_rows, arm, lambda r: r["hops"], lambda r: r["steps"], "hops, by steps", colour))

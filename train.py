@@ -57,7 +57,7 @@ class TrainConfig:
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
     init: str = option(None, "folder of a trained checkpoint to start from (tiny memdlm and metastate: pretrained once if missing)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", \"response\"} or {\"messages\"}")
-    tasks: list = option(None, "niah tasks to train on (default: all; metastate: tracking4)", nargs="+", choices=list(niah.TASKS))
+    tasks: list = option(None, "niah tasks to train on (default: all alike; metastate: half of the rows resolve)", nargs="+", choices=list(niah.TASKS))
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps")
     batch_size: int = option(None, "rows per forward pass and process")
@@ -557,7 +557,9 @@ def resolve(cfg, mem, family):
         cfg.checkpointing = family != "tiny"
     if cfg.eval_every is None:
         cfg.eval_every = max(1, cfg.steps // 10)
-    cfg.tasks = cfg.tasks or (["tracking4"] if cfg.method == "metastate" else list(niah.TASKS))
+    # metastate: half of the rows need memory (resolve), the other half keeps what the frozen model can do
+    others = [task for task in niah.TASKS if task != "resolve"]
+    cfg.tasks = cfg.tasks or (["resolve"] * len(others) + others if cfg.method == "metastate" else list(niah.TASKS))
     cfg.out = cfg.out or f"runs/{cfg.method}"
     for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "max_len"):
         if getattr(cfg, name) < 1:
@@ -674,10 +676,11 @@ def report(run):
         print(f"\nheld-out loss: memory off {run.held_out_loss('off'):.3f}, adapted to the prompt {run.held_out_loss('prompt'):.3f}"
               f"   (leaky, fitted to the scored tokens: {run.held_out_loss('leak'):.3f}; an upper bound, no result)")
     if cfg.n_eval:
+        tasks = list(dict.fromkeys(cfg.tasks))
         if run.meta is not None:
-            rows = niah.recompute(run.backbone, run.tokenizer, arms, cfg.tasks, 0, cfg.n_eval, 1, 6, run.out / "niah.jsonl")
+            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, run.out / "niah.jsonl")
             print(f"\npasses over an unchanged, fully masked answer, then one commit\n{niah.table(rows, by='steps')}\n\ndecoding")
-        rows = niah.evaluate(run.backbone, run.tokenizer, arms, cfg.tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
+        rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
