@@ -442,7 +442,8 @@ def arguments():
     parser.add_argument("--arms", nargs="+", help="only these arms (default: all that the checkpoint has)")
     parser.add_argument("--metric", choices=["recall", "exact"], default="recall",
                         help="recall: RULER's; exact: order and number count")
-    parser.add_argument("--out", help="JSONL of every sample's output (default: niah.jsonl in CHECKPOINT, for a hub name here)")
+    parser.add_argument("--out", help="JSONL of every sample's output (default: niah.jsonl, with --passes passes.jsonl, "
+                        "in CHECKPOINT; for a hub name here)")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
     return parser
 
@@ -464,7 +465,8 @@ def main():
     arms = {a: arms[a] for a in args.arms or arms}
     if max(args.lengths) + args.gen_length > backbone.cfg.max_len:
         raise ValueError(f"length {max(args.lengths)} + {args.gen_length} exceeds the model's limit of {backbone.cfg.max_len}")
-    out = args.out or (Path(args.checkpoint) / "niah.jsonl" if Path(args.checkpoint).is_dir() else "niah.jsonl")
+    file = "passes.jsonl" if args.passes else "niah.jsonl"
+    out = args.out or (Path(args.checkpoint) / file if Path(args.checkpoint).is_dir() else file)
     by_steps = len(args.steps) > 1 or args.passes
     if (by_steps or args.exposure or args.probe) and len(args.lengths) > 1:
         raise ValueError("--passes, --exposure, --probe and several --steps need one length, for example --lengths 64")

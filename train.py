@@ -678,7 +678,7 @@ def report(run):
     if cfg.n_eval:
         tasks = list(dict.fromkeys(cfg.tasks))
         if run.meta is not None:
-            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, run.out / "niah.jsonl")
+            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, run.out / "passes.jsonl")
             print(f"\npasses over an unchanged, fully masked answer, then one commit\n{niah.table(rows, by='steps')}\n\ndecoding")
         rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
