@@ -338,7 +338,8 @@ def masked_loss(logits, x0, masked, weight, n_maskable):
 
     logits (N, V) at the masked positions in row-major order; weight (B,): 1/t gives the bound on the likelihood, ones the
     uniform loss that the tiny preset trains with (a prototype, one seed: 90 % in 35 against 53 CPU-seconds; 1/t spends its
-    gradient on rows with almost nothing masked). n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact.
+    gradient on rows with almost nothing masked). n_maskable: of the whole batch, all micro-batches and ranks, so that
+    splitting it is exact.
     """
     ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")      # (N,)
     return (ce * weight.to(ce)[masked.nonzero()[:, 0]]).sum() / n_maskable
@@ -591,7 +592,8 @@ def save_backbone(model, folder, tokenizer=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors({official_name(n, model.cfg.family): p for n, p in model.named_parameters()}, folder / "model.safetensors")
-    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg), "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
+    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
+           "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
     write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw, indent=1)))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -604,7 +606,7 @@ def write_atomically(path, write):
         write(part)
         with open(part, "rb") as f:
             os.fsync(f.fileno())
-    except Exception as e:                                                  # torch and safetensors have their own errors for a full disk
+    except Exception as e:                      # torch and safetensors have their own errors for a full disk
         Path(part).unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({type(e).__name__}: {str(e).splitlines()[0]}); what was there before is "
                       f"intact. Disk full? Make room and go on with --resume") from e

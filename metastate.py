@@ -51,8 +51,8 @@ class MetaStateConfig:
         if self.slot_dim % self.slot_heads:
             raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of slot_heads={self.slot_heads}")
         if self.slot_dim // self.slot_heads % 2 or self.cond_dim % 2:
-            raise ValueError(f"slot_dim / slot_heads = {self.slot_dim // self.slot_heads} and cond_dim={self.cond_dim} must be even: "
-                             f"their codes are pairs of sine and cosine")
+            raise ValueError(f"slot_dim / slot_heads = {self.slot_dim // self.slot_heads} and cond_dim={self.cond_dim} must "
+                             f"be even: their codes are pairs of sine and cosine")
         if min(self.num_slots, self.unroll, self.span) < 1:
             raise ValueError(f"num_slots={self.num_slots}, unroll={self.unroll} and span={self.span} must be at least 1")
         layers = sorted(set(self.inject_layers))
@@ -69,7 +69,8 @@ def for_backbone(cfg):
     injected in the middle, where activations know their positions and half the layers are left to use what comes in."""
     if cfg.family == "tiny":
         return MetaStateConfig()
-    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024, inject_layers=(cfg.n_layers // 2,))
+    return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
+                           inject_layers=(cfg.n_layers // 2,))
 
 
 def sinusoid(x, dim, longest):

@@ -319,8 +319,8 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
                 logits, state = predict(xt, torch.ones(n, device=xt.device), state, xt == cfg.mask_id)
                 for s, row in zip(samples, logits.view(n, BUDGET, -1).argmax(-1)):
                     output = tokenizer.decode(cut(row, cfg))
-                    rows.append({"arm": arm, "steps": p, "seed": seed, **asdict(s), "output": output, "recall": recall(s.refs, output),
-                                 "exact": float(output.split() == s.answer.split())})
+                    rows.append({"arm": arm, "steps": p, "seed": seed, **asdict(s), "output": output,
+                                 "recall": recall(s.refs, output), "exact": float(output.split() == s.answer.split())})
     append_jsonl(out, rows)
     return rows
 
@@ -374,7 +374,7 @@ def table_over_seeds(files, metric, by, against=None):
     """One table from saved JSONL files, in %: mean over training seeds ± their standard deviation. A line's name is that of the
     run's folder, without "-seedN", and the arm. against: the name of a line; then every line shows its mean difference to that
     one on the same texts and training seeds, ± half the 95 % bootstrap interval over texts."""
-    groups, columns = {}, set()                                             # {(task, line): {column: {(training seed, text): value}}}
+    groups, columns = {}, set()                 # {(task, line): {column: {(training seed, text): value}}}
     for file in files:
         name, _, seed = Path(file).parent.name.rpartition("-seed")
         for line in Path(file).read_text().splitlines():
@@ -413,8 +413,9 @@ def grid(rows, arm, down, across, label, colour):
     for name in sorted(cells):
         means = [sum(x) / len(x) if (x := cells[name].get(c)) else math.nan for c in columns]
         shades = [0 if math.isnan(m) else [196, 208, 226, 118, 46][min(4, int(m * 5))] for m in means]
-        lines.append(f"  {name:<18}" + "".join(f"\x1b[30;48;5;{shade}m{100 * m:5.0f} \x1b[0m" if colour else f"{100 * m:5.0f} "
-                                              for m, shade in zip(means, shades)))
+        texts = [f"{100 * m:5.0f} " for m in means]
+        lines.append(f"  {name:<18}" + "".join(f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour else text
+                                              for text, shade in zip(texts, shades)))
     return "\n".join(lines)
 
 
@@ -433,7 +434,7 @@ def arguments():
     parser.add_argument("--exposure", action="store_true",
                         help="instead: exposure bias per denoising step, published and clean ratio")
     parser.add_argument("--probe", action="store_true",
-                        help="instead: can resolve's answer be read from MetaState's slots after each of --passes passes? (linear probe)")
+                        help="instead: a linear probe: can resolve's answer be read from MetaState's slots after each pass?")
     parser.add_argument("--gen_length", type=int, default=BUDGET, help="answer tokens")
     parser.add_argument("--steps", nargs="+", type=int, default=[None],
                         help="denoising steps (default: one per answer token); several: a table by steps")
@@ -484,11 +485,11 @@ def main():
                         checkpoint=args.checkpoint)
     print(table(rows, args.metric, "steps" if by_steps else "length"))
     needle_rows, hop_rows = ([r for r in rows if r["task"] in some] for some in (("single", "multikey"), ("resolve",)))
+    fifths, colour = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"), sys.stdout.isatty()
     for arm in arms:
-        colour = sys.stdout.isatty()
         if needle_rows and not by_steps:
-            print("\n" + grid(needle_rows, arm, lambda r: ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")[min(4, int(5 * r["depth"]))], lambda r: r["length"],
-                              "needle depth", colour))
+            depth = lambda r: fifths[min(4, int(5 * r["depth"]))]
+            print("\n" + grid(needle_rows, arm, depth, lambda r: r["length"], "depth, by length", colour))
         if hop_rows and by_steps:
             print("\n" + grid(hop_rows, arm, lambda r: r["hops"], lambda r: r["steps"], "hops, by steps", colour))
     print(f"\n{args.n} samples a cell, 95 % intervals over samples; every output: {out}")

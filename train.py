@@ -57,7 +57,8 @@ class TrainConfig:
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
     init: str = option(None, "folder of a trained checkpoint to start from (tiny memdlm and metastate: pretrained once if missing)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", \"response\"} or {\"messages\"}")
-    tasks: list = option(None, "niah tasks to train on (default: all alike; metastate: half of the rows resolve)", nargs="+", choices=list(niah.TASKS))
+    tasks: list = option(None, "niah tasks to train on (default: all alike; metastate: half of the rows resolve)", nargs="+",
+                         choices=list(niah.TASKS))
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps")
     batch_size: int = option(None, "rows per forward pass and process")
@@ -66,7 +67,7 @@ class TrainConfig:
     warmup: float = option(0.03, "share of the steps with rising learning rate")
     loss_weight: str = option("uniform", "uniform: each masked token counts alike; 1/t: the bound on the likelihood",
                               choices=["uniform", "1/t"])
-    full_share: float = option(None, "share of batches in which the prompt is masked too, so that the model learns to denoise prompts")
+    full_share: float = option(None, "share of batches in which the prompt is masked too: the model learns to denoise prompts")
     context: int = option(64, "niah: longest training text, in tokens")
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted")
     lora: int = option(None, "rank of the trained LoRA, alpha = 2 r; 0 = all weights (default: 0 for tiny, 32 for others)")
@@ -155,8 +156,8 @@ def train_metastate(run):
         batch, total = batch._replace(t=t), 0.0
         for part, part_stay in zip(run.parts(batch), run.split(stay)):
             # 3. The unrolled loss: metastate.loss_unrolled
-            loss = metastate.loss_unrolled(run.meta, run.backbone, part.x0, part.given, part.attend, part.t, part_stay.to(run.device),
-                                           unroll, first_loss, part.u, B)
+            loss = metastate.loss_unrolled(run.meta, run.backbone, part.x0, part.given, part.attend, part.t,
+                                           part_stay.to(run.device), unroll, first_loss, part.u, B)
             loss.backward()
             total += loss.item()
         # 4. Update Mixer, Updater, Injector and time conditioner
@@ -336,8 +337,8 @@ class Run:
                 dist.all_reduce(p.grad)
         self.loss = loss.item()
         if not math.isfinite(self.loss):
-            raise ValueError(f"the loss is {self.loss} at step {step} ({self.cfg.method}, seed {self.cfg.seed}); the last checkpoint in "
-                             f"{self.out} is intact. Try a smaller --lr or --inner_lr, or look for broken examples in the data")
+            raise ValueError(f"the loss is {self.loss} at step {step} ({self.cfg.method}, seed {self.cfg.seed}); the last "
+                             f"checkpoint in {self.out} is intact. Try a smaller --lr or --inner_lr, or look for broken examples")
         self.grad_norm = nn.utils.clip_grad_norm_(self.trained, 1.0).item()
         self.optimizer.step()
         self.schedule.step()
@@ -414,7 +415,8 @@ class Run:
         """What must be the same for a resumed run to be the same run."""
         free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every", "checkpointing")
         own = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
-        return {**own, **dataclasses.asdict(self.mem), **(dataclasses.asdict(self.meta.cfg) if self.meta else {}), "world": self.world}
+        slots = dataclasses.asdict(self.meta.cfg) if self.meta else {}
+        return {**own, **dataclasses.asdict(self.mem), **slots, "world": self.world}
 
     def resume(self):
         path = self.out / "resume.pt"
@@ -630,7 +632,8 @@ def train(cfg, mem, meta_options):
     parts = estimate(backbone.cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, mem, meta_cfg,
                      backbone.embed_tokens.weight.element_size(), cfg.checkpointing)
     if sum(parts.values()) > device_memory(device):
-        raise ValueError(f"this needs more memory than {device} has ({device_memory(device) / 1e9:.1f} GB): {show_estimate(parts)}. "
+        raise ValueError(f"this needs more memory than {device} has ({device_memory(device) / 1e9:.1f} GB): "
+                         f"{show_estimate(parts)}. "
                          f"Try a smaller --batch_size (with --accumulate), a shorter --max_len, --lora, --checkpointing")
     run = Run(cfg, mem, meta_cfg, backbone, tokenizer, base_name(source), stage)
     if run.rank == 0:
@@ -678,8 +681,10 @@ def report(run):
     if cfg.n_eval:
         tasks = list(dict.fromkeys(cfg.tasks))
         if run.meta is not None:
-            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, run.out / "passes.jsonl")
-            print(f"\npasses over an unchanged, fully masked answer, then one commit\n{niah.table(rows, by='steps')}\n\ndecoding")
+            print("\npasses over an unchanged, fully masked answer, then one commit")
+            file = run.out / "passes.jsonl"
+            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, file)
+            print(f"{niah.table(rows, by='steps')}\n\ndecoding")
         rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
