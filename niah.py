@@ -370,23 +370,29 @@ def bootstrap(values, draws=2000):
     return (np.quantile(means, 0.975) - np.quantile(means, 0.025)) / 2
 
 
-def table_over_seeds(files, metric, by, against=None):
+def table_over_seeds(files, metric, by, against=None, tasks=TASKS):
     """One table from saved JSONL files, in %: mean over training seeds ± their standard deviation. A line's name is that of the
     run's folder, without "-seedN", and the arm. against: the name of a line; then every line shows its mean difference to that
-    one on the same texts and training seeds, ± half the 95 % bootstrap interval over texts."""
+    one on the same texts and training seeds, ± half the 95 % bootstrap interval over texts. ValueError: file and line."""
     groups, columns = {}, set()                 # {(task, line): {column: {(training seed, text): value}}}
     for file in files:
         name, _, seed = Path(file).parent.name.rpartition("-seed")
-        for line in Path(file).read_text().splitlines():
-            r = json.loads(line)
-            columns.add(r[by])
-            for task in (r["task"], "all"):
-                cell = groups.setdefault((task, f"{name or seed} {r['arm']}"), {}).setdefault(r[by], {})
-                cell[seed, r["task"], r["seed"], r["length"], r["steps"], r["prompt"]] = r[metric]
+        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+            try:
+                r = json.loads(line)
+                text, column, value = (seed, *(r[k] for k in ("task", "seed", "length", "steps", "prompt"))), r[by], float(r[metric])
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{file}, line {number}: not a row that niah.py wrote ({type(e).__name__}: {e})") from None
+            if r["task"] in tasks:
+                columns.add(column)
+                for task in (r["task"], "all"):
+                    groups.setdefault((task, f"{name or seed} {r['arm']}"), {}).setdefault(column, {})[text] = value
     if against and not any(line == against for _, line in groups):
         raise ValueError(f"--against {against!r}: the lines are {', '.join(sorted({line for _, line in groups}))}")
     lines = [f"{metric + ' by ' + by:<18}{'run, arm':<26}" + "".join(f"{c:>14}" for c in sorted(columns)) + "  seeds"]
     for (task, name), cells in sorted(groups.items(), key=lambda g: [*TASKS, "all"].index(g[0][0])):
+        if task == "all" and len({t for t, _ in groups}) == 2:              # one task: no average of its own
+            continue
         text, n_seeds = "", 0
         for c in sorted(columns):
             cell, base = cells.get(c, {}), groups.get((task, against), {}).get(c, {})
@@ -456,7 +462,7 @@ def main():
     if min(counts) < 1:
         raise ValueError("--n, --lengths, --gen_length, --steps and --passes must be at least 1")
     if args.rows:
-        return print(table_over_seeds(args.rows, args.metric, args.by, args.against))
+        return print(table_over_seeds(args.rows, args.metric, args.by, args.against, args.tasks))
     if not args.checkpoint:
         parser.error("--checkpoint (or --rows) is needed")
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device)

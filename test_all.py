@@ -852,6 +852,10 @@ def test_differences_over_seeds_are_paired_by_text_and_training_seed(tmp_path):
     assert float(difference[4].lstrip("±")) == pytest.approx(50, abs=1)      # texts differ by 50, -50, 50: resampled means -50 ... 50
     with pytest.raises(ValueError, match="the lines are new off, old off"):
         niah.table_over_seeds(files, "recall", "length", "old")
+    for bad in ("{", "[]", '{"task": "single"}'):
+        files[1].write_text(files[0].read_text() + bad)
+        with pytest.raises(ValueError, match="old-seed1/niah.jsonl, line 4: not a row"):
+            niah.table_over_seeds(files, "recall", "length")
 
 
 def test_the_probe_reads_what_is_in_the_slots_and_nothing_else():
