@@ -3,7 +3,8 @@
 Paper: MetaState (arXiv 2603.01331); of its body only the abstracts (v1, v2) could be read here, so the details are ours.
 Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it had worked out is computed
 again ("Information Island"). MetaState lets every step read what the last one wrote: the Injector adds the slots to the
-activations, the backbone runs, the Mixer reads the activations, the Updater merges what was read into the slots.
+activations, the backbone runs, the Mixer reads the activations, the Updater merges what was read into the slots. On the tiny
+model this is one hop of reasoning more with every step (task `resolve`; README, Results).
 Equations (ours): s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; K-step unrolled loss -> loss_unrolled
 Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width, N chosen positions, H heads
 Read as (the abstracts leave it open; measured effects are in the README):

@@ -687,9 +687,11 @@ def report(run):
             print(f"{niah.table(rows, by='steps')}\n\ndecoding")
         rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
+    question = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is" if run.meta is not None else \
+        "the sky is blue . river = 47 . stone = 12 . ? river ="
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
-          f"  python sample.py --checkpoint {cfg.out} --watch --prompt \"the sky is blue . river = 47 . stone = 12 . ? river =\"")
+          f"  python sample.py --checkpoint {cfg.out} --watch --prompt \"{question}\"")
 
 
 def main():
