@@ -1119,7 +1119,7 @@ def test_every_command_of_the_readme_runs(here, capsys):
         import shlex
         _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
         if script == "train.py" and "--unroll" not in argv:
-            argv += ["--unroll", "2"] if "Org" in command.replace("-ML/", "Org") else []
+            argv += ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"] if "--backbone" in argv else []
         if script == "niah.py" and "--lengths" in argv:                     # one length, a short one
             start = argv.index("--lengths") + 1
             end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
