@@ -1,8 +1,8 @@
-"""The claims of this repository, executable: `python -m pytest -q test_all.py` (CPU, no network, under two minutes).
+"""The claims of this repository, executable: `python -m pytest -q test_all.py` (CPU, no network, about a minute).
 
 Each test's name is a sentence that can turn out false. Facts are checked against code we did not write (transformers' Llama,
 Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUCell) or against a short loop written from the paper, without our helpers.
-`python -m pytest -q test_all.py -m slow` runs the learning run (minutes); `python test_all.py --full-size DIR` writes a random
+`SLOW=1 python -m pytest -q test_all.py -k learns` runs the learning run (12 minutes); `python test_all.py --full-size DIR` writes a random
 16 GB checkpoint in LLaDA-8B's layout (see the README, "Running the real models").
 """
 import ast
