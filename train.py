@@ -83,7 +83,7 @@ class TrainConfig:
 
 
 # steps, batch_size, lr, full_share, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of three without two
-# of the tasks; 3e-3 for 8,000 learns all of them in all three. Fine-tuning 2e-5 as in MemDLM, section 4.1: at 2e-4 its shortcut
+# of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three. Fine-tuning 2e-5 as in MemDLM, section 4.1: at 2e-4 its shortcut
 # cost that weak seed half of its multikey accuracy.
 DEFAULTS = {"pretrain": (8000, 48, 3e-3, 0.3), "finetune": (400, 32, 2e-5, 0.5), "lora": (1000, 2, 2e-5, 0.0),
             "metastate": (3000, 32, 2e-3, 0.0)}
