@@ -504,7 +504,7 @@ def open_shard(path, device="cpu"):
     try:
         shard = safe_open(str(path), framework="pt", device=str(device))
         expected = (shard.metadata() or {}).get("crc32")
-        if expected and expected != checksum({k: shard.get_tensor(k).cpu() for k in shard.keys()}):
+        if expected and expected != checksum(shard.keys(), shard.get_tensor):
             raise ValueError("its checksum does not match")
         return shard
     except FileNotFoundError:
@@ -513,11 +513,12 @@ def open_shard(path, device="cpu"):
         raise ValueError(f"{path} cannot be read ({e}): truncated or corrupted? Fetch or save it again") from None
 
 
-def checksum(tensors):
-    """CRC-32 of names and bytes. The format has none of its own, and a flipped bit in a weight is a wrong number in a table."""
+def checksum(names, get):
+    """CRC-32 of names and bytes, one tensor get(name) at a time. The format has none of its own, and a flipped bit in a weight
+    is a wrong number in a table."""
     crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    for name in sorted(names):
+        crc = zlib.crc32(get(name).cpu().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 
@@ -525,7 +526,7 @@ def save_tensors(tensors, path):
     """{name: tensor} -> a safetensors file with its checksum in the header."""
     from safetensors.torch import save_file
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata={"crc32": checksum(tensors)}))
+    write_atomically(path, lambda part: save_file(tensors, part, metadata={"crc32": checksum(tensors, tensors.get)}))
 
 
 def load_weights(model, folder, device="cpu", dtype=None):

@@ -376,7 +376,7 @@ def table_over_seeds(files, metric, by, against=None, tasks=TASKS):
     one on the same texts and training seeds, ± half the 95 % bootstrap interval over texts. ValueError: file and line."""
     groups, columns = {}, set()                 # {(task, line): {column: {(training seed, text): value}}}
     for file in files:
-        name, _, seed = Path(file).parent.name.rpartition("-seed")
+        name, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", Path(file).parent.name).groups()
         for number, line in enumerate(Path(file).read_text().splitlines(), 1):
             try:
                 r = json.loads(line)
@@ -386,7 +386,7 @@ def table_over_seeds(files, metric, by, against=None, tasks=TASKS):
             if r["task"] in tasks:
                 columns.add(column)
                 for task in (r["task"], "all"):
-                    groups.setdefault((task, f"{name or seed} {r['arm']}"), {}).setdefault(column, {})[text] = value
+                    groups.setdefault((task, f"{name} {r['arm']}"), {}).setdefault(column, {})[text] = value
     if against and not any(line == against for _, line in groups):
         raise ValueError(f"--against {against!r}: the lines are {', '.join(sorted({line for _, line in groups}))}")
     lines = [f"{metric + ' by ' + by:<18}{'run, arm':<26}" + "".join(f"{c:>14}" for c in sorted(columns)) + "  seeds"]
@@ -419,7 +419,7 @@ def grid(rows, arm, down, across, label, colour):
     for name in sorted(cells):
         means = [sum(x) / len(x) if (x := cells[name].get(c)) else math.nan for c in columns]
         shades = [0 if math.isnan(m) else [196, 208, 226, 118, 46][min(4, int(m * 5))] for m in means]
-        texts = [f"{100 * m:5.0f} " for m in means]
+        texts = ["    - " if math.isnan(m) else f"{100 * m:5.0f} " for m in means]
         lines.append(f"  {name:<18}" + "".join(f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour else text
                                               for text, shade in zip(texts, shades)))
     return "\n".join(lines)

@@ -83,8 +83,8 @@ class TrainConfig:
 
 
 # steps, batch_size, lr, full_share, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of three without two
-# of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three. Fine-tuning 2e-5 as in MemDLM, section 4.1: at 2e-4 its shortcut
-# cost that weak seed half of its multikey accuracy.
+# of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three. Fine-tuning 2e-5 as in MemDLM, section 4.1:
+# at 2e-4 its shortcut cost that weak seed half of its multikey accuracy.
 DEFAULTS = {"pretrain": (8000, 48, 3e-3, 0.3), "finetune": (400, 32, 2e-5, 0.5), "lora": (1000, 2, 2e-5, 0.0),
             "metastate": (3000, 32, 2e-3, 0.0)}
 
@@ -362,9 +362,11 @@ class Run:
         prompt), leak (phi adapted to the very tokens that are scored, as in the paper's Fig. 4: an upper bound, no result),
         metastate (slots after one pass over the same canvas)."""
         generator, cfg, total, count = torch.Generator().manual_seed(0), self.backbone.cfg, 0.0, 0
-        pairs, size = self.held if self.pairs is not None else None, self.cfg.batch_size if cfg.family != "tiny" else 64
-        if pairs is None:
+        size = self.cfg.batch_size if cfg.family != "tiny" else 64
+        if self.pairs is None:
             pairs = niah_pairs(self.tokenizer, cfg, self.cfg.tasks, self.cfg.context, n, 0, "eval")
+        else:
+            pairs = self.held
         for i in range(0, len(pairs), size):
             b = collate(pairs[i:i + size], cfg, niah.BUDGET if self.pairs is None else 0, generator)
             b = b._replace(t=(torch.arange(len(b.t)) + 0.5) / len(b.t)).rows(0, size, self.device)
@@ -423,13 +425,8 @@ class Run:
         path = self.out / "resume.pt"
         if not path.exists():                                               # killed before the first checkpoint
             return
-        try:
-            if zipfile.ZipFile(path).testzip():                             # torch.load does not look at the checksums
-                raise ValueError
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = state["settings"]
-        except Exception as e:
-            raise ValueError(f"{path} cannot be read ({type(e).__name__}): truncated or corrupted. --overwrite starts anew") from None
+        state = read_state(path)
+        saved = state["settings"]
         changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in self.settings().items() if saved.get(k) != v]
         if changed:
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
@@ -444,6 +441,18 @@ class Run:
             keep = [row for row in rows if row.endswith("}") and json.loads(row)["step"] < self.first_step]
             write_atomically(self.out / "log.jsonl", lambda p: Path(p).write_text("".join(row + "\n" for row in keep)))
         print(f"resumed {self.out} at step {self.first_step}")
+
+
+def read_state(path):
+    """The contents of a resume.pt; ValueError if anything in it is not as it was written."""
+    try:
+        if zipfile.ZipFile(path).testzip():                                 # torch.load does not look at the checksums
+            raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in ("step", "seconds", "trained", "optimizer", "schedule", "settings")}
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}): truncated or corrupted. --overwrite starts that run "
+                         f"anew, and so does deleting its folder") from None
 
 
 def shard(backbone, trained):
@@ -586,7 +595,7 @@ def pretrained(cfg):
     out = Path("runs") / f"pretrained-seed{cfg.seed}"
     first = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True)
     wanted = DEFAULTS["pretrain"][0]
-    if (out / "resume.pt").exists() and torch.load(out / "resume.pt", weights_only=True)["step"] == wanted:
+    if (out / "resume.pt").exists() and read_state(out / "resume.pt")["step"] == wanted:
         print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do it again)")
     else:
         print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, into {out}; "
