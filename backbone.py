@@ -34,13 +34,46 @@ from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 0. Settings: what a field may be stands beside it, and one function checks flags and files alike.
+
+def option(default, text, low=None, high=None, choices=None, **more):
+    """A field of a configuration: its default, its --help text, and the values it may take."""
+    metadata = dict(help=text, low=low, high=high, choices=choices, **more)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def validate(config, where="--"):
+    """Check type, range and choices of every field of a dataclass; returns it. ValueError names the
+    first field that is wrong, after `where`: "--" for a flag, "FILE: " for an entry of a file."""
+    for f in dataclasses.fields(config):
+        value, rule = getattr(config, f.name), f.metadata
+        if value is None and f.default is None:
+            continue
+        values = value if f.type in (list, tuple) and isinstance(value, (list, tuple)) else [value]
+        kind = {list: str, tuple: int}.get(f.type, f.type)
+        for v in values:
+            right_type = isinstance(v, kind) or (kind is float and isinstance(v, int))
+            if not right_type or (isinstance(v, bool) and kind is not bool):
+                raise ValueError(f"{where}{f.name} must be {getattr(kind, '__name__', kind)}, not {v!r}")
+            if rule.get("choices") and v not in rule["choices"]:
+                raise ValueError(f"{where}{f.name} must be one of {', '.join(rule['choices'])}, not {v!r}")
+            low, high = rule.get("low"), rule.get("high")
+            if low is not None and not v >= low or high is not None and not v <= high:
+                limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+                raise ValueError(f"{where}{f.name} must be {' and '.join(limits)}, not {v}")
+            if isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f"{where}{f.name} must be a finite number, not {v}")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration. The defaults are the tiny preset; the real models are read from their own config.json (section 5).
 
 @dataclass
 class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
     family: str = "tiny"          # tiny | llada | dream | llada_moe: names of tensors, tokenizer, chat format
-    vocab_size: int = 0           # embedding rows, unused padding rows included; 0 = the closed vocabulary of the tiny preset
+    vocab_size: int = 139         # embedding rows, unused padding rows included; 139 words: niah.vocabulary()
     d_model: int = 64             # D
     n_layers: int = 3
     n_heads: int = 2              # H; four heads of 16 did not learn key-value lookup in minutes, two of 32 do
@@ -66,7 +99,6 @@ class BackboneConfig:
     eot_id: int | None = None     # end of turn (Instruct models), else None
 
     def __post_init__(self):
-        self.vocab_size = self.vocab_size or len(tiny_vocabulary())
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 <= self.mask_id < self.vocab_size:
@@ -346,38 +378,7 @@ def masked_loss(logits, x0, masked, weight, n_maskable):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The tiny preset's closed vocabulary. niah.py builds its texts from these words.
-
-SPECIALS = ["[PAD]", "[MASK]", "[EOS]"]
-KEYS = ("river stone cloud table horse piano candle forest bridge mirror anchor basket castle desert engine feather garden "
-        "hammer island jacket kettle ladder marble needle orange pepper quartz ribbon saddle temple violin window").split()
-VALUES = [str(n) for n in range(10, 74)]
-PEOPLE = "mary john daniel sandra".split()
-PLACES = "bathroom bedroom hallway kitchen office cellar".split()
-OBJECTS = "apple football milk".split()
-FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
-FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
-FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
-
-
-def tiny_vocabulary():
-    """Word -> id, 138 entries. A word outside it is an error that names the word, never an [UNK]."""
-    words = SPECIALS + FUNCTION_WORDS + KEYS + VALUES + PEOPLE + PLACES + OBJECTS + FILLER_NOUNS + FILLER_ADJECTIVES
-    return {word: i for i, word in enumerate(words)}
-
-
-def tiny_tokenizer():
-    """Splits at white space; text -> ids -> text is the identity. A transformers tokenizer like those of the real models."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel(tiny_vocabulary(), unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    pad, mask, eos = SPECIALS
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask, eos_token=eos)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Checkpoints. The official files are read as data: no code from a checkpoint is ever executed (their remote code breaks on
+# 5. Checkpoints. The official files are read as data: no code from a checkpoint is ever executed (their remote code breaks on
 # transformers 5, three times out of four silently). Dispatch is on `architectures`: LLaDA-MoE calls itself model_type "llada".
 
 FAMILIES = {"Backbone": None, "LLaDAModelLM": "llada", "DreamModel": "dream", "LLaDAMoEModelLM": "llada_moe"}
@@ -665,11 +666,12 @@ def load_adapter(model, folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Tokenizers and chat formats.
+# 6. Tokenizers and chat formats.
 
 def load_tokenizer(name_or_path):
     """The transformers tokenizer of a checkpoint, without trust_remote_code."""
     if name_or_path == "tiny":
+        from niah import tiny_tokenizer         # the closed vocabulary lives where the texts are made
         return tiny_tokenizer()
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
     folder = find_folder(name_or_path)
@@ -742,7 +744,7 @@ def encode_pair(tokenizer, cfg, example):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Command line.
+# 7. Command line.
 
 def cli(main):
     """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""

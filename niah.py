@@ -26,9 +26,42 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbone import (FILLER_ADJECTIVES, FILLER_NOUNS, KEYS, OBJECTS, PEOPLE, PLACES, VALUES, cli, encode, encode_prompt)
+from backbone import cli, encode, encode_prompt
 from memdlm import exposure_bias
 from sample import cut, generate, left_pad, load_arms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 0. The closed vocabulary: every text of the tiny model is made of these words.
+
+SPECIALS = ["[PAD]", "[MASK]", "[EOS]"]
+KEYS = ("river stone cloud table horse piano candle forest bridge mirror anchor basket castle "
+        "desert engine feather garden hammer island jacket kettle ladder marble needle orange "
+        "pepper quartz ribbon saddle temple violin window").split()
+VALUES = [str(n) for n in range(10, 74)]
+PEOPLE = "mary john daniel sandra".split()
+PLACES = "bathroom bedroom hallway kitchen office cellar".split()
+OBJECTS = "apple football milk".split()
+FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
+FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
+FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
+
+
+def vocabulary():
+    """Word -> id, 139 entries. A word outside it is an error that names the word, never an [UNK]."""
+    words = (SPECIALS + FUNCTION_WORDS + KEYS + VALUES + PEOPLE + PLACES + OBJECTS
+             + FILLER_NOUNS + FILLER_ADJECTIVES)
+    return {word: i for i, word in enumerate(words)}
+
+
+def tiny_tokenizer():
+    """Splits at white space; text -> ids -> text is the identity. A transformers tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel(vocabulary(), unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pad, mask, eos = SPECIALS
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask, eos_token=eos)
 
 
 @dataclass

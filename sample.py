@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from backbone import cli, encode_prompt, load_backbone, load_tokenizer, read_json, tiny_vocabulary
+from backbone import cli, encode_prompt, load_backbone, load_tokenizer, read_json
 
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -309,7 +309,8 @@ def main():
     parser = arguments()
     args = parser.parse_args()
     if args.vocabulary:
-        return print(" ".join(tiny_vocabulary()))
+        from niah import vocabulary
+        return print(" ".join(vocabulary()))
     if not args.explain and (not args.checkpoint or not args.prompt):
         parser.error("--checkpoint and --prompt are needed")
     for name in ("gen_length", "steps", "block_length"):

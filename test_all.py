@@ -302,7 +302,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 
 
 def test_checkpoints_survive_a_round_trip_and_bad_ones_are_named(tmp_path):
-    model = random_backbone(vocab_size=0)
+    model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path / "a", load_tokenizer("tiny"))
     ids = torch.randint(3, 40, (2, 7))
     assert torch.equal(load_backbone(tmp_path / "a", "cpu")(ids), model(ids))
@@ -745,7 +745,7 @@ def test_metastate_adds_half_a_percent_of_parameters_and_of_time_at_the_real_siz
 
 
 def test_a_metastate_checkpoint_knows_its_backbone(tmp_path):
-    model = random_backbone(vocab_size=0)
+    model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
     meta = trained_meta(model)
     metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
@@ -753,7 +753,7 @@ def test_a_metastate_checkpoint_knows_its_backbone(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), loaded.parameters()))
     _, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
     assert list(arms) == ["frozen", "metastate", "reset", "both"]
-    bb.save_backbone(random_backbone(seed=1, vocab_size=0), tmp_path / "base")
+    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
     with pytest.raises(ValueError, match="another backbone"):
         metastate.load(tmp_path / "meta", "cpu")
 
@@ -771,7 +771,7 @@ def test_impossible_metastate_settings_are_refused():
 @pytest.mark.parametrize("task", niah.TASKS)
 @pytest.mark.parametrize("length", [0, 64, 256])
 def test_tasks_fit_their_length_hold_their_needles_once_and_stay_in_the_vocabulary(task, length):
-    vocabulary = bb.tiny_vocabulary()
+    vocabulary = niah.vocabulary()
     for s in niah.make_samples([task], length, 50, 0, "eval"):
         n = len(s.prompt.split())
         assert n <= max(length, 56) and (n > 0.75 * length) and all(w in vocabulary for w in (s.prompt + " " + s.answer).split())
@@ -1119,7 +1119,7 @@ def test_every_command_of_the_readme_runs(here, capsys):
     Path("train.jsonl").write_text("\n".join(write_jsonl))
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocabulary = dict.fromkeys([*bb.tiny_vocabulary(), *words, *re.findall(r"[\w?']+", " ".join(commands)), *(w for c in commands for w in c.split())])
+    vocabulary = dict.fromkeys([*niah.vocabulary(), *words, *re.findall(r"[\w?']+", " ".join(commands)), *(w for c in commands for w in c.split())])
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for name, family in {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada", "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}.items():
