@@ -89,6 +89,10 @@ class BackboneConfig:
     experts_per_token: int = 0
     conv_width: int = 5           # depthwise convolution before attention: the tiny preset ONLY. Without it a model of
                                   # this size does not learn key-value lookup in minutes (it cannot see "the token before")
+    # repr=False: the fingerprints in existing MetaState checkpoints were taken over the fields before it
+    conv_residual: bool = dataclasses.field(default=False, repr=False, metadata=dict(help=(
+        "True: the convolution is added to the residual stream, h = h + conv(norm(h)), before attention, "
+        "so that the feed-forward layers see the token before as well; False: it feeds attention alone")))
     shift: bool = False           # Dream: the prediction for token i is read at position i - 1
     max_len: int = 4096
     mask_id: int = 1
@@ -244,11 +248,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
         self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model)) if cfg.conv_width else None
+        self.conv_residual = cfg.conv_residual
 
     def forward(self, h, ctx, phi={}, name=""):                             # (B, L, D)
         x = self.attn_norm(h)
         if self.conv is not None:
-            x = x + depthwise(x if ctx.bias is None else x * ctx.bias[:, 0, 0, :, None], self.conv)
+            c = depthwise(x if ctx.bias is None else x * ctx.bias[:, 0, 0, :, None], self.conv)
+            if self.conv_residual:
+                h = h + c
+                x = self.attn_norm(h)
+            else:
+                x = x + c
         h = h + self.attn(x, ctx)
         return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
 
