@@ -21,8 +21,9 @@ import math
 import os
 import re
 import sys
+import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,81 +37,125 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------------------
 # 0. Settings: what a field may be stands beside it, and one function checks flags and files alike.
 
-def option(default, text, low=None, high=None, choices=None, **more):
-    """A field of a configuration: its default, its --help text, and the values it may take."""
+def option(default, text, low=None, high=None, choices=None, repr=True, **more):
+    """A field of a configuration: its default (MISSING: none), its --help text, the values it may take."""
     metadata = dict(help=text, low=low, high=high, choices=choices, **more)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, repr=repr, metadata=metadata)
+
+
+def check_value(rule, value, name):
+    """ValueError, which begins with `name`, unless `value` is what the dataclass field `rule` allows."""
+    if value is None and rule.default is None:
+        return
+    many = rule.type in (list, tuple)
+    if many and not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be a list, not {value!r:.80}")
+    kind = {list: str, tuple: int}.get(rule.type, rule.type)
+    low, high, choices = (rule.metadata.get(key) for key in ("low", "high", "choices"))
+    for v in value if many else [value]:
+        right_type = isinstance(v, kind) or (kind is float and isinstance(v, int))
+        if not right_type or (isinstance(v, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {kind.__name__}, not {v!r:.80}")
+        if choices and v not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {v!r:.80}")
+        if low is not None and not v >= low or high is not None and not v <= high:
+            limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+            raise ValueError(f"{name} must be {' and '.join(limits)}, not {v}")
+        if isinstance(v, float) and not math.isfinite(v):
+            raise ValueError(f"{name} must be a finite number, not {v}")
 
 
 def validate(config, where="--"):
-    """Check type, range and choices of every field of a dataclass; returns it. ValueError names the
-    first field that is wrong, after `where`: "--" for a flag, "FILE: " for an entry of a file."""
-    for f in dataclasses.fields(config):
-        value, rule = getattr(config, f.name), f.metadata
-        if value is None and f.default is None:
-            continue
-        values = value if f.type in (list, tuple) and isinstance(value, (list, tuple)) else [value]
-        kind = {list: str, tuple: int}.get(f.type, f.type)
-        for v in values:
-            right_type = isinstance(v, kind) or (kind is float and isinstance(v, int))
-            if not right_type or (isinstance(v, bool) and kind is not bool):
-                raise ValueError(f"{where}{f.name} must be {getattr(kind, '__name__', kind)}, not {v!r}")
-            if rule.get("choices") and v not in rule["choices"]:
-                raise ValueError(f"{where}{f.name} must be one of {', '.join(rule['choices'])}, not {v!r}")
-            low, high = rule.get("low"), rule.get("high")
-            if low is not None and not v >= low or high is not None and not v <= high:
-                limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-                raise ValueError(f"{where}{f.name} must be {' and '.join(limits)}, not {v}")
-            if isinstance(v, float) and not math.isfinite(v):
-                raise ValueError(f"{where}{f.name} must be a finite number, not {v}")
+    """Check every field of a dataclass; returns it. ValueError names the first field that is wrong,
+    after `where`: "--" for a flag, "FILE: " for an entry of a file."""
+    for rule in dataclasses.fields(config):
+        check_value(rule, getattr(config, rule.name), where + rule.name)
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Configuration. The defaults are the tiny preset; the real models are read from their own config.json (section 5).
+def config_from_dict(cls, raw, where):
+    """A JSON object -> a validated dataclass; entries that are missing take their defaults. ValueError
+    names the file, `where`, and the entry that is unknown, missing or wrong."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
+    rules = {rule.name: rule for rule in dataclasses.fields(cls)}
+    unknown = [name for name in raw if name not in rules]
+    if unknown:
+        raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: {', '.join(rules)}")
+    for name, rule in rules.items():
+        if name in raw:
+            check_value(rule, raw[name], f"{where}: {name}")
+        elif rule.default is MISSING:
+            raise ValueError(f"{where}: the entry {name} is missing")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) and rules[k].type is tuple else v
+                      for k, v in raw.items()})
+    except ValueError as e:                     # from __post_init__: entries that do not fit each other
+        raise ValueError(f"{where}: {e}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Configuration. The defaults are the tiny preset; real models are read from their config.json.
 
 @dataclass
 class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
-    family: str = "tiny"          # tiny | llada | dream | llada_moe: names of tensors, tokenizer, chat format
-    vocab_size: int = 139         # embedding rows, unused padding rows included; 139 words: niah.vocabulary()
-    d_model: int = 64             # D
-    n_layers: int = 3
-    n_heads: int = 2              # H; four heads of 16 did not learn key-value lookup in minutes, two of 32 do
-    n_kv_heads: int = 2           # fewer than n_heads: each serves n_heads / n_kv_heads consecutive query heads
-    head_dim: int = 32            # d
-    d_ff: int = 192               # SwiGLU inner width (of one expert in a mixture)
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_fp32: bool = True        # LLaDA rotates q and k in fp32; Dream and LLaDA-MoE in the model's dtype
-    qkv_bias: bool = False        # Dream
-    qk_norm: bool = False         # LLaDA-MoE: RMSNorm over each head, before RoPE
-    n_experts: int = 0            # LLaDA-MoE: 64, of which experts_per_token = 8 see a token
-    experts_per_token: int = 0
-    conv_width: int = 5           # depthwise convolution before attention: the tiny preset ONLY. Without it a model of
-                                  # this size does not learn key-value lookup in minutes (it cannot see "the token before")
-    # repr=False: the fingerprints in existing MetaState checkpoints were taken over the fields before it
-    conv_residual: bool = dataclasses.field(default=False, repr=False, metadata=dict(help=(
-        "True: the convolution is added to the residual stream, h = h + conv(norm(h)), before attention, "
-        "so that the feed-forward layers see the token before as well; False: it feeds attention alone")))
-    shift: bool = False           # Dream: the prediction for token i is read at position i - 1
-    max_len: int = 4096
-    mask_id: int = 1
-    eos_id: int = 2               # end of text
-    pad_id: int = 0
-    chat: bool = False            # Instruct model: prompts go through the chat template
-    bos_id: int | None = None     # put before the prompt (Dream Base), else None
-    eot_id: int | None = None     # end of turn (Instruct models), else None
+    family: str = option("tiny", "names of tensors, tokenizer, chat format",
+                         choices=["tiny", "llada", "dream", "llada_moe"])
+    vocab_size: int = option(139, "V, embedding rows, unused padding rows included; 139 words: "
+                             "niah.vocabulary()", low=2, high=10**7)
+    d_model: int = option(64, "D", low=1, high=10**6)
+    n_layers: int = option(3, "number of blocks", low=1, high=10**4)
+    n_heads: int = option(2, "H; four heads of 16 did not learn key-value lookup in minutes, two of "
+                          "32 do", low=1, high=10**4)
+    n_kv_heads: int = option(2, "fewer than n_heads: each serves n_heads / n_kv_heads consecutive "
+                             "query heads", low=1, high=10**4)
+    head_dim: int = option(32, "d, even: RoPE rotates its halves", low=2, high=10**4)
+    d_ff: int = option(192, "SwiGLU inner width (of one expert in a mixture)", low=1, high=10**6)
+    norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", low=0, high=1)
+    rope_theta: float = option(10000.0, "base of RoPE's wavelengths", low=1)
+    rope_fp32: bool = option(True, "rotate q and k in fp32 (LLaDA), not in the model's dtype")
+    qkv_bias: bool = option(False, "biases on q, k and v (Dream)")
+    qk_norm: bool = option(False, "RMSNorm over each head, before RoPE (LLaDA-MoE)")
+    n_experts: int = option(0, "0: one SwiGLU; LLaDA-MoE: 64", low=0, high=10**4)
+    experts_per_token: int = option(0, "LLaDA-MoE: 8 of its experts see a token", low=0)
+    conv_width: int = option(5, "depthwise convolution before attention, 0 = none: the tiny preset "
+                             "ONLY, as without it a model of this size does not learn key-value "
+                             "lookup in minutes (it cannot see the token before)", low=0, high=999)
+    # repr=False: the fingerprints in existing MetaState checkpoints were taken over the other fields
+    conv_residual: bool = option(False, "True: the convolution is added to the residual stream, "
+                                 "h = h + conv(norm(h)), before attention, so that the feed-forward "
+                                 "layers see the token before as well; False: it feeds attention "
+                                 "alone", repr=False)
+    shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
+    max_len: int = option(4096, "longest canvas that the model was trained for", low=1)
+    mask_id: int = option(1, "the id of [MASK]", low=0)
+    eos_id: int = option(2, "end of text", low=0)
+    pad_id: int = option(0, "fills up rows, never attended to", low=0)
+    chat: bool = option(False, "Instruct model: prompts go through the chat template")
+    bos_id: int = option(None, "put before the prompt (Dream Base), else None", low=0)
+    eot_id: int = option(None, "end of turn (Instruct models), else None", low=0)
+    extra_stop_ids: tuple = option((), "further ids that end an answer", low=0, repr=False)
 
     def __post_init__(self):
+        """Relations between the fields; validate checks each field alone."""
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if not 0 <= self.mask_id < self.vocab_size:
-            raise ValueError(f"mask_id={self.mask_id} lies outside the vocabulary of {self.vocab_size}")
+        if self.head_dim % 2 or (self.conv_width and self.conv_width % 2 == 0):
+            raise ValueError(f"head_dim={self.head_dim} must be even, conv_width={self.conv_width} odd or 0")
+        if (self.n_experts > 0) != (self.experts_per_token > 0) or self.experts_per_token > self.n_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} does not fit n_experts={self.n_experts}")
+        ids = dict(mask_id=[self.mask_id], pad_id=[self.pad_id], bos_id=[self.bos_id],
+                   eos_id=self.stop_ids)
+        for name, values in ids.items():
+            for value in values:
+                if value is not None and value >= self.vocab_size:
+                    raise ValueError(f"{name}={value} lies outside the vocabulary of {self.vocab_size}")
 
     @property
     def stop_ids(self):
-        return [i for i in (self.eos_id, self.eot_id) if i is not None]
+        ids = (self.eos_id, self.eot_id, *self.extra_stop_ids)
+        return [i for i in ids if i is not None]
 
 
 class LowRank(NamedTuple):
@@ -139,20 +184,25 @@ class Linear(nn.Linear):
     def forward(self, x, fast=None):                                        # x (..., d_in); with fast: (B, L, d_in)
         y = F.linear(x, self.weight, self.bias)
         if self.lora_rank:
-            low = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+            low = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
+            low = F.linear(F.linear(low, self.lora_A), self.lora_B)
             y = y + (self.lora_scale * low).to(y.dtype)
         if fast is not None:
             low = x.to(fast.A.dtype) @ fast.A.mT @ fast.B.mT                # (B, L, d_out)
             y = y + (fast.scale * low).to(y.dtype)
         return y
 
-    def add_lora(self, rank, alpha, generator=None):
-        """B is zero: the model is unchanged until the adapter is trained. fp32, whatever the dtype of the frozen weight."""
-        self.lora_rank, self.lora_scale = rank, alpha / rank
+    def add_lora(self, rank, alpha, generator=None, dropout=0.0):
+        """B is zero: the model is unchanged until the adapter is trained. fp32, whatever the dtype of
+        the frozen weight. dropout: on the input of A, while training, as in PEFT."""
+        self.lora_rank = rank
+        self.lora_scale = alpha / rank
+        self.lora_dropout = dropout
         A = torch.empty(rank, self.in_features, device=self.weight.device)
         if not A.is_meta:
-            bound = 1 / math.sqrt(self.in_features)                         # Kaiming-uniform with a = sqrt(5), as in PEFT
-            A = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator).to(A.device)
+            # Kaiming-uniform with a = sqrt(5), as in PEFT; drawn on the CPU: the same on every device
+            bound = 1 / math.sqrt(self.in_features)
+            A = torch.empty(A.shape).uniform_(-bound, bound, generator=generator).to(A.device)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
 
@@ -344,13 +394,16 @@ class Backbone(nn.Module):
         ctx = self.context(ids, attend)
         return self.head(self.run(self.embed(ids), ctx, phi=phi), ctx, at)
 
-    def add_lora(self, rank=32, alpha=64, seed=0):
-        """Freeze everything, then put a trainable LoRA on every linear layer except the head (MemDLM, section 4.1)."""
+    def add_lora(self, rank=32, alpha=64, seed=0, dropout=0.0):
+        """Freeze everything, then put a trainable LoRA on every linear layer except the head (MemDLM,
+        section 4.1). ValueError if the model carries one already."""
+        if any(isinstance(m, Linear) and m.lora_rank for m in self.modules()):
+            raise ValueError("the model carries an adapter already")
         generator = torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for name, module in self.named_modules():
             if isinstance(module, Linear) and name != "lm_head":
-                module.add_lora(rank, alpha, generator)
+                module.add_lora(rank, alpha, generator, dropout)
         return self
 
 
@@ -416,21 +469,49 @@ NAMES = {
                      for x in ("gate", "up", "down")}},
 }
 
-# special ids the config.json of a family does not (reliably) hold: mask, end of text, end of turn, BOS before a raw prompt
-SPECIAL_IDS = {"llada": dict(mask=126336, eos=126081, eot=126348, bos=None),
-               "dream": dict(mask=151666, eos=151643, eot=151645, bos=151665),
-               "llada_moe": dict(mask=156895, eos=156892, eot=None, bos=None)}
+# What all checkpoints of a family share, and special ids that their config.json does not reliably hold.
+FIXED = {"llada": dict(mask_id=126336, eos_id=126081, eot_id=126348),
+         "dream": dict(mask_id=151666, eos_id=151643, eot_id=151645, bos_id=151665, rope_fp32=False,
+                       qkv_bias=True, shift=True),
+         "llada_moe": dict(mask_id=156895, eos_id=156892, rope_fp32=False)}
 
-# values that change the arithmetic in ways this file does not implement: anything else is refused by name
-REQUIRED = {
-    "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True, weight_tying=False,
-                  scale_logits=False, input_emb_norm=False, include_bias=False, include_qkv_bias=False, alibi=False,
-                  attention_layer_norm=False, bias_for_layer_norm=False),
-    "dream": dict(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, use_sliding_window=False, use_mrope=False),
-    "llada_moe": dict(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, attention_bias=False, clip_qkv=None,
-                      shared_expert_intermediate_size=None, partial_rotary_factor=1.0, moe_router_enable_expert_bias=False,
-                      routed_scaling_factor=1.0),
+# Entry of config.json -> our field; of two for one field, the later one counts unless it is null.
+SHARED_ENTRIES = {"rms_norm_eps": "norm_eps", "rope_theta": "rope_theta", "head_dim": "head_dim",
+                  "mask_token_id": "mask_id", "eos_token_id": "eos_id"}
+QWEN_ENTRIES = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
+                "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+                "max_position_embeddings": "max_len", **SHARED_ENTRIES}
+ENTRIES = {
+    "llada": {"vocab_size": "vocab_size", "embedding_size": "vocab_size", "d_model": "d_model",
+              "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads",
+              "mlp_ratio": "d_ff", "mlp_hidden_size": "d_ff", "rope_full_precision": "rope_fp32",
+              "max_sequence_length": "max_len", **SHARED_ENTRIES},
+    "dream": {**QWEN_ENTRIES, "intermediate_size": "d_ff"},
+    "llada_moe": {**QWEN_ENTRIES, "expert_intermediate_size": "d_ff", "num_experts": "n_experts",
+                  "num_experts_per_tok": "experts_per_token", "qk_layernorm": "qk_norm"},
 }
+
+# Entries that change the arithmetic in ways this file does not implement: any other value is refused.
+# A missing entry means this value, and null the same as false.
+REQUIRED = {
+    "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
+                  weight_tying=False, scale_logits=False, input_emb_norm=False, include_bias=False,
+                  include_qkv_bias=False, alibi=False, attention_layer_norm=False,
+                  bias_for_layer_norm=False, multi_query_attention=False),
+    "dream": dict(hidden_act="silu", tie_word_embeddings=False, use_sliding_window=False,
+                  use_mrope=False),
+    "llada_moe": dict(hidden_act="silu", tie_word_embeddings=False, attention_bias=False,
+                      clip_qkv=None, shared_expert_intermediate_size=None, partial_rotary_factor=1.0,
+                      moe_router_enable_expert_bias=False, routed_scaling_factor=1.0),
+}
+
+
+def refuse_unsupported(raw, required, where):
+    """ValueError names the first entry of the JSON object `raw` that is not as in `required`."""
+    for key, value in required.items():
+        found = raw.get(key, value)
+        if found != value and (found or value):
+            raise ValueError(f"{where}: {key} = {found!r:.80} is not supported (only {value!r})")
 
 
 def official_name(name, family):
@@ -442,53 +523,60 @@ def official_name(name, family):
     return f"{template}.{last}" if last else template
 
 
+def family_of(raw, where):
+    """The family that a config.json names; None: written by save_backbone."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
+    if names[0] not in list(FAMILIES):
+        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; "
+                         f"known: {', '.join(FAMILIES)}")
+    return FAMILIES[names[0]]
+
+
 def config_from_json(raw, where="config.json"):
-    """The official config.json (a dict) -> BackboneConfig. ValueError names the first value that we do not support."""
-    arch = (raw.get("architectures") or ["none"])[0]
-    if arch not in FAMILIES:
-        raise ValueError(f"{where}: architecture {arch!r} is not supported; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[arch]
+    """The official config.json (a dict) -> BackboneConfig. ValueError names the first wrong entry."""
+    family = family_of(raw, where)
+    if family is None:
+        return config_from_dict(BackboneConfig, raw.get("backbone"), f"{where}: backbone")
+    refuse_unsupported(raw, REQUIRED[family] | dict(rope_scaling=None, quantization_config=None), where)
+    rules = {rule.name: rule for rule in dataclasses.fields(BackboneConfig)}
+    values = dict(FIXED[family])
+    for entry, name in ENTRIES[family].items():
+        value = raw.get(entry)
+        if entry == "eos_token_id" and isinstance(value, list) and value:
+            check_value(rules["extra_stop_ids"], value, f"{where}: {entry}")
+            values["extra_stop_ids"] = tuple(value[1:])
+            value = value[0]
+        if value is None and entry == "mlp_hidden_size":
+            value = values.get("d_ff", 4) * values["d_model"]               # d_ff holds mlp_ratio
+        if value is None and name == "n_kv_heads":
+            value = values["n_heads"]
+        if value is None and name == "head_dim":
+            value = values["d_model"] // values["n_heads"]
+        if value is not None:
+            check_value(rules[name], value, f"{where}: {entry}")
+            values[name] = value
+        elif name not in values and entry not in ("mlp_ratio", "rope_full_precision"):
+            raise ValueError(f"{where}: a {family} config needs the entry {entry}")
+    if raw.get("moe_layer_freq") not in (None, 1, [1] * values["n_layers"]):
+        raise ValueError(f"{where}: moe_layer_freq = {raw['moe_layer_freq']!r:.80} is not supported "
+                         f"(only ones)")
+    for name in ("eot_id", "bos_id"):           # the family's own; a small test model lacks them
+        if values.get(name, 0) >= values["vocab_size"]:
+            del values[name]
     try:
-        if family is None:                                                  # written by save_backbone
-            return BackboneConfig(**raw["backbone"])
-        for key, value in REQUIRED[family].items():
-            if raw.get(key, value) != value:
-                raise ValueError(f"{where}: {key} = {raw[key]!r} is not supported for {arch} (only {value!r})")
-        special = dict(SPECIAL_IDS[family])
-        special["mask"] = raw.get("mask_token_id") or special["mask"]
-        special["eos"] = raw.get("eos_token_id") or special["eos"]
-        if family == "llada":
-            rows, heads = raw.get("embedding_size") or raw["vocab_size"], raw["n_heads"]
-            cfg = dict(vocab_size=rows, d_model=raw["d_model"], n_layers=raw["n_layers"], n_heads=heads,
-                       n_kv_heads=raw.get("n_kv_heads") or heads, d_ff=raw["mlp_hidden_size"], norm_eps=raw["rms_norm_eps"],
-                       rope_theta=raw["rope_theta"], rope_fp32=raw.get("rope_full_precision", True),
-                       max_len=raw["max_sequence_length"])
-        else:
-            rows, heads = raw["vocab_size"], raw["num_attention_heads"]
-            cfg = dict(vocab_size=rows, d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
-                       n_kv_heads=raw.get("num_key_value_heads") or heads, norm_eps=raw["rms_norm_eps"],
-                       rope_theta=raw["rope_theta"], rope_fp32=False, max_len=raw["max_position_embeddings"])
-        if family == "dream":
-            cfg.update(d_ff=raw["intermediate_size"], qkv_bias=True, shift=True)
-        if family == "llada_moe":
-            if any(f != 1 for f in raw.get("moe_layer_freq") or []):
-                raise ValueError(f"{where}: moe_layer_freq = {raw['moe_layer_freq']} is not supported (only all ones)")
-            cfg.update(d_ff=raw["expert_intermediate_size"], n_experts=raw["num_experts"], qk_norm=bool(raw["qk_layernorm"]),
-                       experts_per_token=raw["num_experts_per_tok"])
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{where}: a {arch} config needs the entry {e}") from None
-    special = {k: v if v is not None and v < rows else None for k, v in special.items()}
-    if special["mask"] is None:
-        raise ValueError(f"{where}: mask_token_id is missing, and the family's own lies outside vocab_size = {rows}")
-    return BackboneConfig(family=family, head_dim=raw.get("head_dim") or cfg["d_model"] // heads, conv_width=0,
-                          mask_id=special["mask"], eos_id=special["eos"], pad_id=special["eos"], eot_id=special["eot"],
-                          bos_id=special["bos"], **cfg)
+        return BackboneConfig(family=family, conv_width=0, pad_id=values["eos_id"], **values)
+    except ValueError as e:                     # names our fields; the reader knows the entries
+        entries = {name: entry for entry, name in ENTRIES[family].items()}
+        text = re.sub(r"\w+", lambda m: entries.get(m[0], m[0]), str(e))
+        raise ValueError(f"{where}: {text}") from None
 
 
 def find_folder(name_or_path):
     """A folder as it is; a hub name through huggingface_hub (its cache first, then a download with a progress bar)."""
     path = Path(name_or_path)
-    if path.is_dir():
+    if path.is_dir() and str(name_or_path):
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) or str(name_or_path).startswith((".", "runs/")):
         raise FileNotFoundError(f"no checkpoint folder at {name_or_path}")
@@ -497,16 +585,39 @@ def find_folder(name_or_path):
         return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
     except Exception as e:                                                  # its own errors are many; the cause is kept
         raise FileNotFoundError(f"{name_or_path} is no folder and could not be fetched from the hub "
-                                f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
+                                f"({brief(e)})") from e
 
 
 def read_json(path):
+    """A JSON object from a file; ValueError if it holds anything else, or not what write_json wrote."""
     try:
-        return json.loads(Path(path).read_text())
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
+    expected = raw.pop("crc32", None)
+    if expected not in (None, json_checksum(raw)):
+        raise ValueError(f"{path}: its checksum does not match: corrupted, or edited by hand (then "
+                         f"take out its entry crc32)")
+    return raw
+
+
+def write_json(path, raw, checksum=True):
+    """checksum=False: for a file that readers are meant to edit; its values are validated instead."""
+    entries = {**raw, "crc32": json_checksum(raw)} if checksum else raw
+    write_atomically(path, lambda part: Path(part).write_text(json.dumps(entries, indent=1)))
+
+
+def json_checksum(raw):
+    return f"{zlib.crc32(json.dumps(raw, sort_keys=True).encode()):08x}"
+
+
+def brief(e):
+    """An exception as one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
 def open_shard(path, device="cpu"):
@@ -533,39 +644,73 @@ def checksum(names, get):
     return f"{crc:08x}"
 
 
-def save_tensors(tensors, path):
-    """{name: tensor} -> a safetensors file with its checksum in the header."""
+def save_tensors(tensors, path, **more):
+    """{name: tensor} -> a safetensors file with its checksum in the header, and `more`, all text."""
     from safetensors.torch import save_file
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata={"crc32": checksum(tensors, tensors.get)}))
+    metadata = {"crc32": checksum(tensors, tensors.get), **more}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def shard_files(folder):
+    """The names of a checkpoint's weight files. ValueError if its index is not one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map must be an object of tensor names and file names, "
+                         f"not {weight_map!r:.80}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: weight_map names {file!r:.80}, which is no file of this folder")
+    return sorted(set(weight_map.values()))
+
+
+def misfits(target, home, dtype):
+    """What is wrong with the tensors of a checkpoint, from their headers alone: a list of texts.
+    target: {name: the parameter it fills}; home: {name: the open file it is in}."""
+    found = {key: shard.get_slice(key) for key, shard in home.items()}
+    texts = [f"missing {key}" for key in sorted(target.keys() - found.keys())]
+    texts += [f"unexpected {key}" for key in sorted(found.keys() - target.keys())]
+    kinds = {}
+    for key in sorted(target.keys() & found.keys()):
+        shape, expected, kind = found[key].get_shape(), list(target[key].shape), found[key].get_dtype()
+        if shape != expected:
+            texts.append(f"{key} has shape {shape}, expected {expected}")
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            texts.append(f"{key} is {kind}: quantized or no numbers at all; floats are needed")
+        kinds.setdefault(kind, key)
+    if len(kinds) > 1 and dtype is None:
+        texts.append("the dtypes differ (" + ", ".join(f"{key} is {kind}" for kind, key in kinds.items())
+                     + "): name the one to use (dtype=, --dtype)")
+    return texts
 
 
 def load_weights(model, folder, device="cpu", dtype=None):
     """Fill a model that lies on `meta` shard by shard: each tensor goes straight to its place, in its dtype, once.
 
     On the CPU in the checkpoint's own dtype (dtype=None) the tensors stay views of the mapped files: nothing is copied.
-    Raises ValueError naming missing, unexpected and misshapen tensors before any weight is read."""
+    Raises ValueError naming missing, unexpected, misshapen and non-float tensors before any weight is read, and NaN and
+    infinity where looking is cheap: on an accelerator, and in small tensors. (To look into the large ones on the CPU would
+    read every page of a file that is mapped so that it need not be read.)"""
     folder, family = Path(folder), model.cfg.family
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    target = {official_name(n, family): (n, p) for n, p in model.named_parameters()}
-    shards = [open_shard(folder / f, device) for f in files]
+    names = {official_name(n, family): n for n, _ in model.named_parameters()}
+    shards = [open_shard(folder / file, device) for file in shard_files(folder)]
     home = {key: shard for shard in shards for key in shard.keys()}
-    problems = [f"missing {k}" for k in sorted(target.keys() - home.keys())]
-    problems += [f"unexpected {k}" for k in sorted(home.keys() - target.keys())]
-    problems += [f"{k} has shape {home[k].get_slice(k).get_shape()}, expected {list(target[k][1].shape)}"
-                 for k in sorted(target.keys() & home.keys()) if home[k].get_slice(k).get_shape() != list(target[k][1].shape)]
+    target = {key: model.get_parameter(name) for key, name in names.items()}
+    problems = misfits(target, home, dtype)
     if problems:
         raise ValueError(f"{folder}: the weights do not fit {family} config.json: " + "; ".join(problems[:5])
                          + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
-    bar = tqdm(total=len(target), desc=f"loading {len(files)} files", unit="tensor", disable=len(files) == 1)
-    for shard in shards:
-        for key in shard.keys():
-            name, _ = target[key]
-            module, _, attribute = name.rpartition(".")
-            value = shard.get_tensor(key).to(dtype)
-            setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
-            bar.update()
+    bar = tqdm(total=len(home), desc=f"loading {len(shards)} files", unit="tensor", disable=len(shards) == 1)
+    for key, shard in home.items():
+        module, _, attribute = names[key].rpartition(".")
+        value = shard.get_tensor(key).to(dtype)
+        if (value.device.type != "cpu" or value.numel() < 10**6) and not value.isfinite().all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinity")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+        bar.update()
     bar.close()
     return model
 
@@ -577,7 +722,7 @@ def default_device(wanted=None):
     try:
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device {wanted!r} cannot be used here ({str(e).splitlines()[0][:80]}); cpu always can") from None
+        raise ValueError(f"device {wanted!r} cannot be used here ({brief(e)}); cpu always can") from None
     return wanted
 
 
@@ -600,38 +745,82 @@ def load_backbone(name_or_path, device=None, dtype=None):
 
 
 def save_backbone(model, folder, tokenizer=None):
-    """config.json, model.safetensors and the tokenizer, in our own layout; load_backbone reads it back."""
+    """The tokenizer, model.safetensors and config.json, in our own layout; load_backbone reads it back.
+
+    config.json comes last, and each file is replaced in one move: a folder that has it is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors({official_name(n, model.cfg.family): p for n, p in model.named_parameters()}, folder / "model.safetensors")
-    raw = {"architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
-           "vocabulary": tokenizer and vocabulary_hash(tokenizer)}
-    write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw, indent=1)))
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="tokenizer.part") as part:
+            tokenizer.save_pretrained(part)
+            for name in os.listdir(part):
+                os.replace(Path(part) / name, folder / name)
+    tensors = {official_name(n, model.cfg.family): p for n, p in model.named_parameters()}
+    save_tensors(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", {
+        "architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
+        "vocabulary": tokenizer and vocabulary_hash(tokenizer)})
 
 
 def write_atomically(path, write):
-    """A reader, or a run that is killed here or finds the disk full, sees the old file or the new one, never half of one."""
+    """A reader, or a run that is killed here or finds the disk full, sees the old file or the new one,
+    never half of one."""
     part = f"{path}.part"
     try:
         write(part)
         with open(part, "rb") as f:
             os.fsync(f.fileno())
-    except Exception as e:                      # torch and safetensors have their own errors for a full disk
+        os.replace(part, path)
+    except BaseException as e:                  # Ctrl-C is no Exception, and leaves no .part behind either
         Path(part).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({type(e).__name__}: {str(e).splitlines()[0]}); what was there before is "
-                      f"intact. Disk full? Make room and go on with --resume") from e
-    os.replace(part, path)
+        if not isinstance(e, Exception):
+            raise
+        # torch and safetensors have their own errors for a full disk
+        raise OSError(f"{path} could not be written ({brief(e)}); "
+                      f"what was there before is intact. Disk full? Make room and go on with "
+                      f"--resume") from e
 
 
 # -- adapters in PEFT's format -----------------------------------------------------------------------------------------
 
+# Entries of adapter_config.json that change the arithmetic; refused as in REQUIRED. Of the ways to
+# initialise, only those are read that leave the base's weights alone: pissa, olora, corda and loftq
+# subtract something from them, so that their adapters do not fit the base as it is published.
+ADAPTER_REQUIRED = dict(peft_type="LORA", use_dora=False, use_rslora=False, rank_pattern=None,
+                        alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False,
+                        layer_replication=None, lora_bias=False, target_parameters=None)
+HARMLESS_INITIAL_VALUES = [True, False, None, "gaussian", "eva", "orthogonal"]
+
+
+@dataclass
+class AdapterConfig:
+    """The entries of PEFT's adapter_config.json that are used here."""
+    base_model_name_or_path: str = option(MISSING, "hub name or folder of the backbone")
+    r: int = option(MISSING, "rank", low=1)
+    lora_alpha: float = option(MISSING, "the change is alpha / r * B A", low=1e-6)
+    lora_dropout: float = option(0.0, "on the input of A, while training", low=0, high=1)
+
+
+def adapter_config(folder):
+    """The AdapterConfig of an adapter folder. ValueError names the entry that is wrong or unsupported,
+    and a base that is an adapter again (itself, for example)."""
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    used = {f.name: raw[f.name] for f in dataclasses.fields(AdapterConfig) if f.name in raw}
+    config = config_from_dict(AdapterConfig, used, path)
+    refuse_unsupported(raw, ADAPTER_REQUIRED, path)
+    if raw.get("init_lora_weights") not in HARMLESS_INITIAL_VALUES:
+        raise ValueError(f"{path}: init_lora_weights = {raw['init_lora_weights']!r:.80} is not supported: it "
+                         f"changes the base's weights. Convert it to plain LoRA with PEFT")
+    if (Path(config.base_model_name_or_path) / "adapter_config.json").exists():
+        raise ValueError(f"{path}: its base {config.base_model_name_or_path} is an adapter too; only an "
+                         f"adapter on a whole model can be read")
+    return config
+
+
 def adapter_base(folder):
-    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder}/adapter_config.json does not name its base_model_name_or_path")
-    return base
+    """Hub name or folder of the model that an adapter was trained on."""
+    return adapter_config(folder).base_model_name_or_path
 
 
 def save_adapter(model, folder, base):
@@ -642,36 +831,42 @@ def save_adapter(model, folder, base):
     tensors = {f"base_model.model.{official_name(n, family)}.lora_{x}.weight": getattr(m, f"lora_{x}")
                for n, m in adapted.items() for x in "AB"}
     first = next(iter(adapted.values()))
+    alpha = round(first.lora_scale * first.lora_rank, 6)
     # a regular expression over full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too
     names = sorted({re.sub(r"\d+", r"\\d+", official_name(n, family).replace(".", r"\.")) for n in adapted})
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base), r=first.lora_rank,
-                  lora_alpha=round(first.lora_scale * first.lora_rank), lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-                  inference_mode=True, target_modules="|".join(names))
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_atomically(folder / "adapter_config.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+                  lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=first.lora_dropout,
+                  bias="none", fan_in_fan_out=False, inference_mode=True, target_modules="|".join(names))
+    # PEFT refuses or warns of entries that it does not know, so the one number that would be silently wrong, alpha, is
+    # repeated beside the weights instead of a checksum
+    save_tensors(tensors, folder / "adapter_model.safetensors", lora_alpha=str(config["lora_alpha"]))
+    write_json(folder / "adapter_config.json", config, checksum=False)
 
 
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter on a loaded backbone. ValueError names what does not fit."""
     folder = Path(folder)
-    config, shard = read_json(folder / "adapter_config.json"), open_shard(folder / "adapter_model.safetensors")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise ValueError(f"{folder}/adapter_config.json: {key} = {config[key]!r} is not supported")
+    config, shard = adapter_config(folder), open_shard(folder / "adapter_model.safetensors")
+    alpha = (shard.metadata() or {}).get("lora_alpha", str(config.lora_alpha))
+    if alpha != str(config.lora_alpha):
+        raise ValueError(f"{folder}: trained with lora_alpha = {alpha}, but adapter_config.json says {config.lora_alpha}")
     ours = {official_name(n, model.cfg.family): m for n, m in model.named_modules() if isinstance(m, Linear)}
     keys = set(shard.keys())
-    for key in sorted(keys):
+    for key in sorted(keys):                    # an A stands before its B
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         other = match and f"base_model.model.{match[1]}.lora_{'B' if match[2] == 'A' else 'A'}.weight"
         if not match or match[1] not in ours or other not in keys:
             raise ValueError(f"{folder}: adapter tensor {key} belongs to no linear layer of this {model.cfg.family} backbone")
-        module, value = ours[match[1]], shard.get_tensor(key).float().to(model.device)
+        module = ours[match[1]]
         if match[2] == "A":
-            module.add_lora(value.shape[0], config["lora_alpha"])
-        if value.shape != getattr(module, f"lora_{match[2]}").shape:
-            raise ValueError(f"{folder}: {key} has shape {list(value.shape)}, "
-                             f"expected {list(getattr(module, f'lora_{match[2]}').shape)}")
-        getattr(module, f"lora_{match[2]}").data = value
+            module.add_lora(config.r, config.lora_alpha, dropout=config.lora_dropout)
+        parameter, value = getattr(module, f"lora_{match[2]}"), shard.get_tensor(key)
+        if value.shape != parameter.shape or not value.is_floating_point():
+            raise ValueError(f"{folder}: {key} is {value.dtype} of shape {list(value.shape)}, expected floats of shape "
+                             f"{list(parameter.shape)} (r = {config.r})")
+        if not value.isfinite().all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinity")
+        parameter.data = value.float().to(model.device)
     return model.requires_grad_(False)
 
 
@@ -687,12 +882,13 @@ def load_tokenizer(name_or_path):
     folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    dream = "DreamModel" in read_json(folder / "config.json").get("architectures", []) and (folder / "vocab.json").exists()
+    config = read_json(folder / "config.json")
+    dream = family_of(config, folder / "config.json") == "dream" and (folder / "vocab.json").exists()
     try:                                        # AutoTokenizer would ask for Dream's remote class; Qwen2's gives the same ids
         tokenizer = (Qwen2Tokenizer if dream else PreTrainedTokenizerFast).from_pretrained(str(folder))
     except Exception as e:
-        raise ValueError(f"{folder}: no tokenizer could be read ({type(e).__name__}: {str(e).splitlines()[0]})") from e
-    if read_json(folder / "config.json").get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
+        raise ValueError(f"{folder}: no tokenizer could be read ({brief(e)})") from e
+    if config.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
         raise ValueError(f"{folder}: the tokenizer has another vocabulary than the one the model was trained with")
     return tokenizer
 
@@ -718,7 +914,12 @@ def chat_text(tokenizer, cfg, messages, reply):
 
 
 def encode(tokenizer, text):
-    """Text -> list of ids, nothing added. ValueError names words outside a closed vocabulary and empty texts."""
+    """Text -> list of ids, nothing added. ValueError names words outside a closed vocabulary and half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the text holds half a character, a lone surrogate {text[e.start]!r}, at position "
+                         f"{e.start}") from None
     if tokenizer.unk_token is None and tokenizer.backend_tokenizer.model.__class__.__name__ == "WordLevel":
         unknown = [w for w in dict.fromkeys(text.split()) if w not in tokenizer.get_vocab()]
         if unknown:
@@ -761,11 +962,19 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as e:
+        close_bars()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        close_bars()
         print("interrupted (a training run goes on with --resume)", file=sys.stderr)
         sys.exit(130)
+
+
+def close_bars():
+    """End every open progress bar's line, so that what is printed next starts on its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
 
 
 DEMO_QUESTION = ("Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per hour. "
