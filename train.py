@@ -13,18 +13,15 @@ Run: python train.py --method memdlm                                    (tiny, C
 """
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,15 +35,11 @@ import memdlm
 import metastate
 import niah
 from backbone import (Backbone, BackboneConfig, cli, config_from_json, corrupt, default_device, encode_pair, find_folder,
-                      load_backbone, load_tokenizer, masked_loss, read_json, sample_t, save_adapter, save_backbone,
+                      load_backbone, load_tokenizer, masked_loss, option, read_json, sample_t, save_adapter, save_backbone,
                       write_atomically)
 from memdlm import MemDLMConfig
 from metastate import MetaState, MetaStateConfig
 from sample import generate, no_memory, peak_memory
-
-
-def option(default, text, **more):
-    return field(default=default, metadata=dict(help=text, **more))
 
 
 @dataclass
@@ -511,29 +504,20 @@ def device_memory(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Command line.
 
-@lru_cache(maxsize=None)
-def comments(cls):
-    """{field: the comment beside it}, so that what stands in the source is what --help says."""
-    found, name = {}, None
-    for line in inspect.getsource(cls).splitlines():
-        field_line, more = re.match(r"    (\w+): .*?# (.*)", line), re.match(r" {20,}# (.*)", line)
-        if field_line:
-            name = field_line[1]
-            found[name] = field_line[2]
-        elif more and name:
-            found[name] += " " + more[1]
-    return {k: v.replace("%", "%%") for k, v in found.items()}
-
-
-def add_options(parser, cls):
+def add_options(parser, cls, defaults=True):
+    """One flag for each field of a configuration. defaults: False = only what is given is set."""
     for f in dataclasses.fields(cls):
-        text, more = f.metadata.get("help", comments(cls).get(f.name, "")), {k: v for k, v in f.metadata.items() if k != "help"}
-        default = "" if f.default is None or f.type is bool else f" (default {f.default})"
+        default = f.default if defaults else None
+        text = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
-        else:
-            kind = str if f.type is list else f.type
-            parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text + default, **more)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=action, default=default, help=text)
+            continue
+        if default is not None:
+            text += f" (default {default})"
+        kind = {list: str, tuple: int}.get(f.type, f.type)
+        more = {k: f.metadata[k] for k in ("choices", "nargs") if k in f.metadata}
+        parser.add_argument(f"--{f.name}", type=kind, default=default, help=text, **more)
 
 
 def parse(argv=None):
@@ -544,9 +528,7 @@ def parse(argv=None):
     group = parser.add_argument_group("MemDLM (memdlm.py)")
     add_options(group, MemDLMConfig)
     group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
-    for f in dataclasses.fields(MetaStateConfig):
-        many = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type)
-        group.add_argument(f"--{f.name}", help=comments(MetaStateConfig)[f.name], **many)
+    add_options(group, MetaStateConfig, defaults=False)
     parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
     parser.add_argument("--estimate", action="store_true",
                         help="print the memory that training would need, and stop (reads config.json only)")
