@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -529,7 +528,6 @@ def parse(argv=None):
     add_options(group, MemDLMConfig)
     group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
     add_options(group, MetaStateConfig, defaults=False)
-    parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
     parser.add_argument("--estimate", action="store_true",
                         help="print the memory that training would need, and stop (reads config.json only)")
     args = parser.parse_args(argv)
@@ -688,8 +686,6 @@ def report(run):
 
 def main():
     cfg, mem, meta_options, args = parse()
-    if args.bench:
-        return bench()
     if args.estimate:
         return print_estimate(cfg, mem, meta_options)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
@@ -712,119 +708,6 @@ def print_estimate(cfg, mem, meta_options):
     parts = estimate(backbone_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, mem,
                      metastate_config(backbone_cfg, meta_options), checkpointing=cfg.checkpointing)
     print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n{show_estimate(parts)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Benchmark: everything side by side in one run.
-
-BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768, conv_width=0)
-
-
-def bench_steps(batch=4, length=256):
-    """{name: a function that runs one training step}, all on equal data, answers as long as prompts."""
-    torch.manual_seed(0)
-    device = default_device()
-    model = Backbone(BENCH).init_weights().to(device)
-    meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
-    x0 = torch.randint(3, 2048, (batch, length), device=device)
-    attend = torch.ones_like(x0, dtype=torch.bool)
-    given = attend.clone()
-    given[:, length // 2:] = False
-    ones, u, n, mem = torch.ones(batch, device=device), torch.rand(batch, length, device=device), batch * length // 2, MemDLMConfig()
-    t = 0.5 * ones
-
-    def mdlm():
-        model.requires_grad_(True)
-        xt, masked = corrupt(x0, t, given, 1, u)
-        masked_loss(model(xt, attend, masked), x0, masked, ones, n).backward()
-
-    def ours():
-        model.requires_grad_(True)
-        memdlm.loss_memdlm(model, x0, given, attend, t, u, ones, n, mem).backward()
-
-    def recomputed():                                                       # the trunk again for each inner step and the outer pass
-        model.requires_grad_(True)
-        first, ctx, phi = memdlm.first_fast_layer(model, mem), model.context(x0), memdlm.init_phi(model, batch, mem)
-        for ratio in (1.5 * t, t):
-            xt, masked = corrupt(x0, ratio, given, 1, u)
-            with torch.no_grad():
-                h = model.run(model.embed(xt), ctx, 0, first)
-            phi = memdlm.inner_step(model, phi, h, ctx, x0, masked, ones, mem)
-        masked_loss(model(xt, attend, masked, phi), x0, masked, ones, n).backward()
-
-    def unrolled():
-        model.requires_grad_(False)
-        metastate.loss_unrolled(meta, model, x0, given, attend, t, ones < 0, 4, 0, u, batch).backward()
-    return {"mdlm": mdlm, "memdlm": ours, "memdlm, trunk recomputed": recomputed, "metastate, K = 4, frozen": unrolled}
-
-
-def bench_peak(name):
-    """Peak memory of one kind of training step, measured in a process of its own."""
-    torch.set_num_threads(2)
-    for _ in range(2):
-        bench_steps()[name]()
-    return peak_memory()
-
-
-def clock(functions, rounds):
-    """Seconds per call, median over rounds; in each round every function runs once, so that drifts hit all alike."""
-    seconds = {name: [] for name in functions}
-    for r in range(rounds + 1):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if r:                                                           # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
-
-
-@torch.no_grad()
-def bench_denoising():
-    device = default_device()
-    torch.manual_seed(0)
-    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
-    xt = torch.randint(3, 2048, (4, 256), device=device)
-    at = torch.zeros_like(xt, dtype=torch.bool)
-    at[:, 128:] = True
-    ctx, ones = model.context(xt), torch.ones(4, device=device)
-    phi = memdlm.adapt_to_prompt(model, xt, None, ~at, MemDLMConfig())
-    one = clock({"plain": lambda: model(xt, at=at), "with phi": lambda: model(xt, at=at, phi=phi),
-                 "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
-    # the head on selectable positions only, at a vocabulary of a real model's size
-    large = Backbone(dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)).init_weights().to(device)
-
-    def whole(backbone, xt, attend, start):
-        return lambda xt, t, state, at: (backbone(xt, attend)[at], state), None
-    prompt, settings = xt[:1, :192], dict(gen_length=64, steps=8, block_length=64)
-    ids = {}
-    head = clock({"logits where selectable": lambda: ids.update(a=generate(large, prompt, **settings)),
-                  "logits everywhere": lambda: ids.update(b=generate(large, prompt, memory=whole, **settings))}, 3)
-    assert torch.equal(ids["a"], ids["b"])
-    # the inner loop on 16 prompts of the tiny model, at once and one by one
-    tiny, mem = load_backbone("tiny", device), MemDLMConfig()
-    prompts = torch.randint(3, 139, (16, 64), device=device)
-    every = torch.ones_like(prompts, dtype=torch.bool)
-    one_by_one = lambda: [memdlm.adapt_to_prompt(tiny, p[None], None, every[:1], mem) for p in prompts]
-    adapt = clock({"16 prompts at once": lambda: memdlm.adapt_to_prompt(tiny, prompts, None, every, mem), "one by one": one_by_one}, 10)
-    return one, {name: s / 8 for name, s in head.items()}, adapt
-
-
-def bench():
-    """Prints one table; a few minutes on a CPU."""
-    print(f"20 layers, width 256, batch 4 x 256 tokens; torch {torch.__version__}, {default_device()}, {torch.get_num_threads()} threads")
-    seconds = clock(bench_steps(), 8)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peak = {name: pool.apply(bench_peak, (name,)) for name in seconds}
-    print(f"{'training step':<30}{'ms':>8}{'x mdlm':>8}{'peak GB':>9}")
-    for name, s in seconds.items():
-        print(f"{name:<30}{1000 * s:>8.0f}{s / seconds['mdlm']:>8.2f}{peak[name] / 1e9:>9.2f}")
-    titles = ("one denoising step", "a step at V = 100,000", "prompt adaptation")
-    for title, part in zip(titles, bench_denoising()):
-        print(f"{title:<30}{'ms':>8}{'x first':>8}")
-        for name, s in part.items():
-            print(f"  {name:<28}{1000 * s:>8.1f}{s / next(iter(part.values())):>8.2f}")
 
 
 if __name__ == "__main__":
