@@ -110,7 +110,7 @@ def bench_denoising():
 
 @torch.no_grad()
 def bench_head():
-    """Seconds a step at a real model's vocabulary, logits where a token can be chosen or everywhere."""
+    """Seconds a step at a large vocabulary: logits where a token can be chosen, or everywhere."""
     device = default_device()
     torch.manual_seed(0)
     large = dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)

@@ -84,14 +84,6 @@ def test_the_output_folder_is_never_one_that_the_run_reads(here):
     assert {f: f.read_bytes() for f in before} == before
 
 
-def test_an_adapter_that_names_itself_as_its_base_is_an_error_not_a_loop(here):
-    small("--method", "mdlm", "--lora", 2, "--steps", 1, "--out", "d")
-    config = json.loads(Path("d/adapter_config.json").read_text())
-    Path("d/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "d"}))
-    with pytest.raises(ValueError, match="names itself"):
-        small("--method", "mdlm", "--init", "d", "--steps", 1, "--out", "e")
-
-
 def test_a_nan_is_reported_with_what_is_really_on_disk(here):
     options = ["--method", "mdlm", "--steps", 20, "--lr", "1e30"]
     with pytest.raises(ValueError, match="no checkpoint was written yet"):
@@ -216,7 +208,7 @@ def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here
     (b'{"prompt": "river \xff", "response": "47"}', "not valid JSON"),
     (b'{"prompt": NaN, "response": "47"}', "expected"),
     (b'{"prompt": 1, "response": {"a": 2}}', "expected"),
-    (b'{"prompt": ' + b"1" * 5000 + b"}", "not valid JSON")])
+    (b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit")])
 def test_a_line_that_no_reader_expects_is_named_with_file_and_line(here, line, message):
     good = b'{"prompt": "river = 47 . ? river =", "response": "47"}\n'
     Path("bad.jsonl").write_bytes(good + line + b"\n" + good)

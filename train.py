@@ -48,42 +48,36 @@ from sample import left_pad, no_memory, peak_memory
 @dataclass
 class TrainConfig:
     """The only defaults; the command line is built from these fields. None: see DEFAULTS."""
-    method: str = option("memdlm", "mdlm: plain; memdlm: memory in weights; metastate: memory in "
-                         "activations", choices=["mdlm", "memdlm", "metastate"])
+    method: str = option("memdlm", "plain, memory in weights, memory in activations",
+                         choices=["mdlm", "memdlm", "metastate"])
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
-    init: str = option(None, "folder of a trained checkpoint to start from (tiny with a memory or "
-                       "a LoRA: pretrained once if missing)")
+    init: str = option(None, "checkpoint to start from (tiny with memory or LoRA: pretrained once)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
                        "\"response\"} or {\"messages\"}")
-    tasks: list = option(None, "niah tasks to train on (default: all alike; metastate: half of "
-                         "the rows resolve)", choices=list(niah.TASKS), nargs="+")
+    tasks: list = option(None, "niah tasks (default: all alike; metastate: half of them resolve)",
+                         choices=list(niah.TASKS), nargs="+")
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps", low=1)
-    epochs: int = option(None, "JSONL: passes over the data, where --steps is not given "
-                         "(real backbones: 5)", low=1)
+    epochs: int = option(None, "JSONL: passes over the data, if --steps is not given", low=1)
     batch_size: int = option(None, "rows per forward pass and process", low=1)
-    accumulate: int = option(1, "forward passes per optimizer step; the loss is exactly that of "
-                             "the joined batch", low=1)
+    accumulate: int = option(1, "forward passes per step, with the joined batch's loss", low=1)
     lr: float = option(None, "peak learning rate (AdamW, warm-up, cosine to zero)", low=0)
     warmup: float = option(None, "share of the steps with rising learning rate", low=0, high=1)
     beta2: float = option(None, "AdamW's second beta", low=0, high=0.999999)
     weight_decay: float = option(None, "AdamW's, for matrices", low=0)
-    loss_weight: str = option(None, "uniform: each masked token counts alike; 1/t: the bound on "
-                              "the likelihood", choices=["uniform", "1/t"])
-    full_share: float = option(None, "share of batches in which the prompt is masked too: the "
-                               "model learns to denoise prompts", low=0, high=1)
+    loss_weight: str = option(None, "uniform: masked tokens count alike; 1/t: the likelihood bound",
+                              choices=["uniform", "1/t"])
+    full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     context: int = option(64, "niah: longest training text, in tokens", low=0)
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
-    lora: int = option(None, "rank of the trained LoRA, alpha = 2 r; 0 = all weights (default: 0 "
-                       "for tiny, 32 for others, its own for an adapter)", low=0)
+    lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights (default: an adapter "
+                       "keeps its own)", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
     seed: int = option(0, "fixes data, noise and initialisation", low=0, high=2 ** 31)
-    eval_every: int = option(None, "steps between held-out evaluations (default: a tenth of the "
-                             "run)", low=1)
+    eval_every: int = option(None, "steps between held-out losses (default: a tenth)", low=1)
     save_every: int = option(200, "steps between checkpoints", low=1)
     n_eval: int = option(100, "niah samples per task in the table at the end; 0 = no table", low=0)
-    checkpointing: bool = option(None, "recompute activations in the backward pass (default: on "
-                                 "for real backbones)")
+    checkpointing: bool = option(None, "recompute activations (default: on for real backbones)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
     dtype: str = option(None, "default: the checkpoint's own", choices=["float32", "bfloat16"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
@@ -96,31 +90,32 @@ class TrainConfig:
 # "published" is MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts
 # for what the section leaves open (betas, decay, dropout, weight of the loss).
 TINY = dict(warmup=0.03, beta2=0.98, weight_decay=0.01, loss_weight="uniform", lora=0,
-            lora_dropout=0.0)
+            lora_dropout=0.0, tasks=list(niah.TASKS))
+# half of MetaState's rows need memory (resolve), the other half keeps what the model can do
+OTHERS = [task for task in niah.TASKS if task != "resolve"]
 DEFAULTS = {
     "pretrain": dict(steps=8000, batch_size=48, lr=3e-3, full_share=0.3, **TINY),
     "finetune": dict(steps=400, batch_size=32, lr=2e-5, full_share=0.5, **TINY),
-    "metastate": dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0, **TINY),
+    "metastate": {**TINY, **dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0,
+                                 tasks=["resolve"] * len(OTHERS) + OTHERS)},
     "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
                       beta2=0.999, weight_decay=0.0, loss_weight="1/t", lora=32,
-                      lora_dropout=0.05)}
+                      lora_dropout=0.05, tasks=list(niah.TASKS))}
 
 # All that a run writes into its folder, and all that --overwrite deletes.
-WRITTEN = ("log.jsonl", "resume.pt", "model.safetensors", "config.json", "memory.json",
-           "adapter_model.safetensors", "adapter_config.json", "metastate.safetensors",
-           "metastate.json", "passes.jsonl", "niah.jsonl", "tokenizer.json",
-           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-           "merges.txt", "chat_template.jinja")
+WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
+    adapter_model.safetensors adapter_config.json metastate.safetensors metastate.json
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
-    """Rows of data with their noise. The answer stands at the end of every row; prompts are padded
-    on the left."""
+    """Rows of data with their noise: prompts, padded on the left, and the answers at the end."""
     x0: torch.Tensor            # (B, L) clean tokens
     given: torch.Tensor         # (B, L) bool, prompt or padding: never masked, no loss
     attend: torch.Tensor        # (B, L) bool, False = padding
     t: torch.Tensor             # (B,)
-    u: torch.Tensor             # (B, L) the uniform numbers that decide which tokens are masked at t
+    u: torch.Tensor             # (B, L) uniform numbers: token i is masked where u < t
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,20 +230,17 @@ def read_jsonl(path, tokenizer, model_cfg, max_len):
                 example = json.loads(line.decode())
                 # a lone surrogate, which JSON can spell and no tokenizer takes, fails here
                 json.dumps(example, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-            try:
                 # a tokenizer takes minutes over 100 MB, and no token has 100 characters on average
-                if check_example(example) > 100 * max_len:
-                    too_long += 1
-                    continue
-                prompt, response = encode_pair(tokenizer, model_cfg, example)
+                fits = check_example(example) <= 100 * max_len
+                pair = encode_pair(tokenizer, model_cfg, example) if fits else ()
+            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
-            if len(prompt) + len(response) > max_len:
-                too_long += 1
+            if fits and sum(len(ids) for ids in pair) <= max_len:
+                pairs.append(pair)
             else:
-                pairs.append((prompt, response))
+                too_long += 1
     if too_long:
         print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
     if len(pairs) < 2:
@@ -261,25 +253,24 @@ def check_example(example):
     """The number of characters in one example; ValueError if it is none."""
     if not isinstance(example, dict):
         raise ValueError(f"expected an object, found {type(example).__name__}")
-    if "messages" not in example:
-        texts = {key: example.get(key) for key in ("prompt", "response")}
-        if not all(isinstance(text, str) for text in texts.values()):
+    texts = {key: example.get(key) for key in ("prompt", "response")}
+    if "messages" in example:
+        messages = example["messages"]
+        if not isinstance(messages, list) or len(messages) < 2 \
+                or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("messages must be at least two {\"role\", \"content\"} objects")
+        roles = [m.get("role") for m in messages]
+        if roles[-1] != "assistant" or not all(r in ("system", "user", "assistant") for r in roles):
+            raise ValueError("roles are system, user and assistant, and the last message is the "
+                             "assistant's")
+        texts = {f"content of message {i}": m.get("content") for i, m in enumerate(messages, 1)}
+    for key, text in texts.items():
+        if not isinstance(text, str):
             raise ValueError(f"expected {{\"prompt\": text, \"response\": text}} or "
-                             f"{{\"messages\": [...]}}, found the keys {sorted(example)}")
-        for key, text in texts.items():
-            if not text.strip():
-                raise ValueError(f"the {key} is empty")
-        return sum(len(text) for text in texts.values())
-    messages = example["messages"]
-    if not isinstance(messages, list) or len(messages) < 2 or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str) for m in messages):
-        raise ValueError("messages must be a list of at least two {\"role\", \"content\"} objects")
-    roles = [m["role"] for m in messages]
-    if roles[-1] != "assistant" or not set(roles) <= {"system", "user", "assistant"}:
-        raise ValueError("roles are system, user and assistant, and the last message is the "
-                         "assistant's")
-    return sum(len(m["content"]) for m in messages)
+                             f"{{\"messages\": [...]}}; the {key} is no text")
+        if key in example and not text.strip():
+            raise ValueError(f"the {key} is empty")
+    return sum(len(text) for text in texts.values())
 
 
 def collate(pairs, model_cfg, width, generator):
@@ -402,7 +393,13 @@ class Run:
             yield step
             self.backbone.eval()
             self.seconds += time.time() - began
-            self.check_loss(step)
+            if not math.isfinite(self.loss):
+                kept = "no checkpoint was written yet"
+                if (self.out / "resume.pt").exists():
+                    kept = f"the last checkpoint in {self.out} is intact"
+                raise ValueError(f"the loss is {self.loss} at step {step} ({cfg.method}, seed "
+                                 f"{cfg.seed}); {kept}. Try a smaller --lr or --inner_lr, or look "
+                                 f"for broken examples")
             done = step + 1
             row = dict(step=step, loss=self.loss, grad_norm=float(self.grad_norm),
                        lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
@@ -427,16 +424,6 @@ class Run:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         return joined.item()
-
-    def check_loss(self, step):
-        if math.isfinite(self.loss):
-            return
-        kept = "no checkpoint was written yet"
-        if (self.out / "resume.pt").exists():
-            kept = f"the last checkpoint in {self.out} is intact"
-        raise ValueError(f"the loss is {self.loss} at step {step} ({self.cfg.method}, seed "
-                         f"{self.cfg.seed}); {kept}. Try a smaller --lr or --inner_lr, or look for "
-                         f"broken examples")
 
     # -- held-out loss ---------------------------------------------------------------------------
 
@@ -597,10 +584,10 @@ def shard(backbone):
             fully_shard(layer, mesh=mesh, ignored_params=whole)
 
 
-def check_out(cfg, folders):
+def check_out(cfg, base=None):
     """ValueError if --out is taken, or if writing there could touch what the run reads."""
     out = Path(cfg.out).resolve()
-    for folder in {*folders, cfg.init, cfg.backbone} - {None, "tiny"}:
+    for folder in {base, cfg.init, cfg.backbone} - {None, "tiny"}:
         if out.is_relative_to(Path(folder).resolve()):
             raise ValueError(f"--out {cfg.out} lies in {folder}, which the run reads: name another")
     if cfg.data != "niah" and Path(cfg.data).resolve().is_relative_to(out):
@@ -608,11 +595,10 @@ def check_out(cfg, folders):
     if cfg.resume or not out.exists() or {f.name for f in out.iterdir()} <= {".lock"}:
         return
     if not cfg.overwrite:
-        raise ValueError(f"{cfg.out} exists already: --resume goes on, --overwrite deletes the run "
-                         f"in it, --out names another folder")
+        raise ValueError(f"{cfg.out} exists already: --resume goes on, --overwrite starts anew, "
+                         f"--out names another folder")
     if not ((out / "log.jsonl").exists() or (out / "resume.pt").exists()):
-        raise ValueError(f"--overwrite: {cfg.out} does not look like a run of train.py (no "
-                         f"log.jsonl); delete it by hand")
+        raise ValueError(f"--overwrite: {cfg.out} holds no run of train.py (no log.jsonl)")
 
 
 @contextlib.contextmanager
@@ -627,7 +613,7 @@ def locked(out):
             raise ValueError(f"{out} is in use by another run: wait for its end, or name another "
                              f"--out") from None
         except (ImportError, OSError):
-            pass                                            # Windows, or a file system without locks
+            pass                            # Windows, or a file system without locks
         yield
 
 
@@ -701,40 +687,29 @@ def check_flags(cfg, inner):
     if cfg.data != "niah" and not Path(cfg.data).is_file():
         raise ValueError(f"--data {cfg.data}: no such file (niah, or a JSONL file)")
     if cfg.epochs and cfg.data == "niah":
-        raise ValueError("--epochs needs --data FILE: niah texts are new at every step, use --steps")
+        raise ValueError("--epochs needs --data FILE; niah texts never repeat: use --steps")
     if cfg.device == "meta":
         raise ValueError("--device meta computes nothing; cpu always can")
     if cfg.method == "metastate" and cfg.lora:
-        raise ValueError("--lora: MetaState's backbone is frozen; train the adapter first (--method "
-                         "mdlm --lora) and give its folder as --init")
+        raise ValueError("--lora: MetaState's backbone is frozen; train the adapter with --method "
+                         "mdlm and give its folder as --init")
 
 
-def folders_of(source):
-    """The folder of a checkpoint and, for an adapter, those of its bases."""
-    folders = []
-    while source != "tiny":
-        folder = find_folder(source)
-        if folder in folders:
-            raise ValueError(f"{folder}/adapter_config.json names itself as its base")
-        folders.append(folder)
-        if not (folder / "adapter_config.json").exists():
-            break
-        source = adapter_base(folder)
-    return folders
-
-
-def check_adapter(cfg, folders):
-    """Training goes on with an adapter's own rank; ValueError if --lora asks for another. Returns
-    what the result is to name as its base."""
-    source = cfg.init or cfg.backbone
-    if not folders or not (folders[0] / "adapter_config.json").exists() or cfg.method == "metastate":
+def base_of(source):
+    """Where the whole weights of a checkpoint lie: an adapter names its base."""
+    if source == "tiny" or not (find_folder(source) / "adapter_config.json").exists():
         return source
-    rank = read_json(folders[0] / "adapter_config.json").get("r")
-    if cfg.lora not in (None, rank):
-        raise ValueError(f"--lora {cfg.lora}: {source} is an adapter of rank {rank}, which its "
-                         f"training keeps; leave --lora out, or start from {adapter_base(source)}")
-    cfg.lora = rank
-    return adapter_base(folders[0])
+    return adapter_base(find_folder(source))
+
+
+def keep_rank(cfg, source, base):
+    """Training goes on with an adapter's own rank; ValueError if --lora asks for another."""
+    if base != source and cfg.method != "metastate":
+        rank = read_json(find_folder(source) / "adapter_config.json")["r"]
+        if cfg.lora not in (None, rank):
+            raise ValueError(f"--lora {cfg.lora}: {source} is an adapter of rank {rank}, which its "
+                             f"training keeps; leave --lora out, or start from {base}")
+        cfg.lora = rank
 
 
 def fill_in(cfg, family, n_examples=None, world=1):
@@ -757,12 +732,6 @@ def fill_in(cfg, family, n_examples=None, world=1):
     if cfg.checkpointing is None:
         cfg.checkpointing = family != "tiny"
     cfg.eval_every = cfg.eval_every or max(1, cfg.steps // 10)
-    if cfg.tasks is None:
-        cfg.tasks = list(niah.TASKS)
-        if cfg.method == "metastate":
-            # half of the rows need memory (resolve), the other half keeps what the model can do
-            others = [task for task in niah.TASKS if task != "resolve"]
-            cfg.tasks = ["resolve"] * len(others) + others
     return stage
 
 
@@ -798,9 +767,9 @@ def prepare(cfg, inner, meta_options):
     if to_pretrain:
         # trained below if need be; until then a new backbone stands in
         cfg.init = f"runs/pretrained-seed{cfg.seed}"
-    folders = folders_of(source)
-    base = check_adapter(cfg, folders)
-    check_out(cfg, folders)
+    base = base_of(source)
+    keep_rank(cfg, source, base)
+    check_out(cfg, base)
     device = default_device(cfg.device)
     dtype = cfg.dtype and getattr(torch, cfg.dtype)
     tokenizer = load_tokenizer(source)
@@ -824,6 +793,9 @@ def prepare(cfg, inner, meta_options):
     prepare_weights(backbone, cfg)
     if ranks()[0] == 0:
         print(f"memory estimate: {show_estimate(sizes)}")
+    # an adapter trained further stands on its old base; all else on what it started from
+    if base == source or cfg.method == "metastate":
+        base = cfg.init or cfg.backbone
     return Run(cfg, inner, meta_cfg, backbone, tokenizer, data, base, stage)
 
 
@@ -858,7 +830,7 @@ def train(cfg, inner, meta_options, show=True):
     run = prepare(cfg, inner, meta_options)
     with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
         if run.rank == 0:
-            check_out(cfg, [])                              # another run may have just ended here
+            check_out(cfg)                                  # another run may have just ended here
             for name in WRITTEN if cfg.overwrite else ():
                 (run.out / name).unlink(missing_ok=True)
             introduce(run)
@@ -875,6 +847,7 @@ def train(cfg, inner, meta_options, show=True):
 
 
 def introduce(run):
+    """What is trained, on what, before the first step."""
     cfg = run.cfg
     trained = sum(p.numel() for p in run.trained)
     frozen = sum(p.numel() for p in run.backbone.parameters() if not p.requires_grad)
@@ -924,12 +897,12 @@ def report(run):
 def print_estimate(cfg, inner, meta_options):
     check_flags(cfg, inner)
     source = cfg.init or cfg.backbone
-    folders = folders_of(source)
+    base = base_of(source)
     model_cfg = BackboneConfig()
-    if folders:
-        path = folders[-1] / "config.json"
+    if base != "tiny":
+        path = find_folder(base) / "config.json"
         model_cfg = config_from_json(read_json(path), path)
-    check_adapter(cfg, folders)
+    keep_rank(cfg, source, base)
     fill_in(cfg, model_cfg.family)
     sizes = estimate(model_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, inner,
                      metastate_config(model_cfg, meta_options), checkpointing=cfg.checkpointing)
@@ -957,7 +930,7 @@ def add_options(parser, cls, defaults=True):
 
 
 def parse(argv=None):
-    """TrainConfig, MemDLMConfig, the MetaState flags that were given, and all flags."""
+    """TrainConfig, MemDLMConfig, the MetaState flags that were given, and whether to --estimate."""
     parser = argparse.ArgumentParser(
         description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
                     "runs on a laptop in minutes: it pretrains a tiny backbone once, fine-tunes "
@@ -974,12 +947,13 @@ def parse(argv=None):
     def given(cls):
         return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
     meta_options = {k: v for k, v in given(MetaStateConfig).items() if v is not None}
-    return TrainConfig(**given(TrainConfig)), MemDLMConfig(**given(MemDLMConfig)), meta_options, args
+    cfg = TrainConfig(**given(TrainConfig))
+    return cfg, MemDLMConfig(**given(MemDLMConfig)), meta_options, args.estimate
 
 
 def main():
-    cfg, inner, meta_options, args = parse()
-    if args.estimate:
+    cfg, inner, meta_options, only_estimate = parse()
+    if only_estimate:
         return print_estimate(cfg, inner, meta_options)
     join_ranks(cfg)
     train(cfg, inner, meta_options)
