@@ -208,7 +208,8 @@ def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here
     (b'{"prompt": "river \xff", "response": "47"}', "not valid JSON"),
     (b'{"prompt": NaN, "response": "47"}', "expected"),
     (b'{"prompt": 1, "response": {"a": 2}}', "expected"),
-    (b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit")])
+    (b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit")],
+    ids=["deep", "surrogate", "bytes", "nan", "types", "digits"])
 def test_a_line_that_no_reader_expects_is_named_with_file_and_line(here, line, message):
     good = b'{"prompt": "river = 47 . ? river =", "response": "47"}\n'
     Path("bad.jsonl").write_bytes(good + line + b"\n" + good)
