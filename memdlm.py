@@ -21,20 +21,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from backbone import LowRank, corrupt, masked_loss
+from backbone import LowRank, corrupt, masked_loss, option
 
 
 @dataclass
 class MemDLMConfig:
     """Defaults: the paper's."""
-    rank: int = 32                # r of the fast weights
-    alpha: float = 64.0           # the change is scaled by alpha / r
-    fraction: float = 0.1         # share of the layers, counted from the top, whose FFN carries phi; at least one layer
-    inner_lr: float = 0.1         # eta, step size of the inner SGD
-    clip: float = 1.0             # gradient norm of one tensor of one sample
-    s_pre: float = 1.5            # pre-anchor time t_pre = min(1, max(s_pre * t, t))
-    prompt_ratio: float = 0.2     # anchor mask ratio when the inner loop runs on the prompt
-    inner_on: str = "response"    # response (the paper: sees the labels) or prompt (ours: no leak) in training
+    rank: int = option(32, "r of the fast weights", low=1)
+    alpha: float = option(64.0, "the change is scaled by alpha / r")
+    fraction: float = option(0.1, "share of the layers, counted from the top, whose FFN carries phi; "
+                             "at least one layer", low=0, high=1)
+    inner_lr: float = option(0.1, "eta, step size of the inner SGD", low=0)
+    clip: float = option(1.0, "gradient norm of one tensor of one sample", low=0)
+    s_pre: float = option(1.5, "pre-anchor time t_pre = min(1, max(s_pre * t, t))", low=0)
+    prompt_ratio: float = option(0.2, "anchor mask ratio when the inner loop runs on the prompt",
+                                 low=0, high=1)
+    inner_on: str = option("response", "response (the paper: sees the labels) or prompt (ours: no leak) "
+                           "in training", choices=["response", "prompt"])
 
 
 def first_fast_layer(backbone, mem):

@@ -31,21 +31,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import corrupt, load_backbone, open_shard, read_json, save_tensors, write_atomically
+from backbone import corrupt, load_backbone, open_shard, option, read_json, save_tensors, write_atomically
 
 
 @dataclass
 class MetaStateConfig:
     """Defaults: the tiny preset. At LLaDA-8B and Dream-7B `for_backbone` gives 0.6 % trainable parameters."""
-    num_slots: int = 32           # M, memory slots
-    slot_dim: int = 64            # S; also the width of the attention
-    slot_heads: int = 4           # H, attention heads
-    cond_dim: int = 64            # C, width of the time conditioner
-    span: int = 64                # tokens before the answer over which the slots' places are spread at the start
-    inject_layers: tuple = (0,)   # inject before these layers; the number of layers = before the head
-    read_layer: int = -1          # read after this layer; -1 = the last one
-    unroll: int = 4               # K, denoising steps per training update
-    memory: str = "slots"         # slots | reset | feedback
+    num_slots: int = option(32, "M, memory slots", low=1)
+    slot_dim: int = option(64, "S; also the width of the attention", low=2)
+    slot_heads: int = option(4, "H, attention heads", low=1)
+    cond_dim: int = option(64, "C, width of the time conditioner", low=2)
+    span: int = option(64, "tokens before the answer over which the slots' places are spread at the "
+                       "start", low=1)
+    inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
+                                  "the head", low=0, nargs="+")
+    read_layer: int = option(-1, "read after this layer; -1 = the last one")
+    unroll: int = option(4, "K, denoising steps per training update", low=1)
+    memory: str = option("slots", "slots | reset | feedback", choices=["slots", "reset", "feedback"])
 
     def check(self, n_layers):
         """ValueError for what cannot be built on a backbone of n_layers layers."""

@@ -895,7 +895,7 @@ def here(tmp_path, monkeypatch):
     """An empty working directory with a 2-step pretrained backbone in runs/."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setitem(train.DEFAULTS, "pretrain", (2, 4, 1e-3, 0.3))
+    monkeypatch.setitem(train.DEFAULTS, "pretrain", {**train.DEFAULTS["pretrain"], "steps": 2, "batch_size": 4, "lr": 1e-3})
     return tmp_path
 
 
@@ -908,17 +908,16 @@ def weights_of(folder):
 def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, monkeypatch, method, options):
     common = ["--method", method, "--steps", 5, "--save_every", 2, *SMALL, *options]
     run_train(*common, "--out", "whole")
-    update, calls = train.Run.update, []
+    batch_of = train.Run.batch
 
-    def killed(self, step, loss):
-        calls.append(step)
+    def killed(self, step):
         if step == 3:
             raise KeyboardInterrupt                                         # after the log of step 2, before the checkpoint of step 4
-        update(self, step, loss)
-    monkeypatch.setattr(train.Run, "update", killed)
+        return batch_of(self, step)
+    monkeypatch.setattr(train.Run, "batch", killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(*common, "--out", "parts")
-    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(train.Run, "batch", batch_of)
     run_train(*common, "--out", "parts", "--resume")
     whole, parts = weights_of("whole"), weights_of("parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
@@ -941,7 +940,7 @@ def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batc
     rows = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in niah.make_samples(["multikey"], 40, 40, 0)]
     Path("data.jsonl").write_text("\n".join(rows))
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", "3", "--lr", "1e-2", "--lora", "4", "--rank", "4",
-               "--n_eval", "0", "--max_len", "64", "--device", "cpu"]
+               "--n_eval", "0", "--max_len", "64", "--device", "cpu", "--lora_dropout", "0"]
     run_train(*options, "--batch_size", 4, "--out", "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "train.py"), *options,
                     "--batch_size", "2", "--out", "two"], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -973,12 +972,12 @@ def test_bad_command_lines_end_with_one_message_before_any_work(here, capsys):
     run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
     before = {f: f.read_bytes() for f in Path("taken").iterdir()}
     for argv, message in ((["--out", "taken"], "exists already"), (["--init", "nowhere"], "no checkpoint folder"), (["--steps", "0"], "at least 1"),
-                          (["--data", "none.jsonl"], "no such file"), (["--lr", "-1"], "positive number"), (["--prompt_ratio", "2"], "between 0 and 1"),
-                          (["--inner_on", "both"], "response or prompt"), (["--out", "taken", "--resume"], "belongs to another run"),
+                          (["--data", "none.jsonl"], "no such file"), (["--lr", "-1"], "lr must be at least 0"), (["--prompt_ratio", "2"], "at most 1"),
+                          (["--out", "taken", "--resume"], "belongs to another run"),
                           (["--method", "metastate", "--unroll", "99"], "99 denoising steps"), (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")):
         with pytest.raises((ValueError, OSError), match=message):
             run_train("--method", "mdlm", *SMALL, *argv)
-    for argv in (["--method", "magic"], ["--magic", "1"], ["--tasks", "magic"], ["--steps", "many"]):
+    for argv in (["--method", "magic"], ["--inner_on", "both"], ["--magic", "1"], ["--tasks", "magic"], ["--steps", "many"]):
         with pytest.raises(SystemExit) as e:
             run_train(*argv)
         assert e.value.code == 2
@@ -1043,16 +1042,16 @@ def test_two_hundred_random_bad_command_lines_and_jsonl_lines_give_one_message_e
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_survives(here, monkeypatch):
     options = ["--method", "mdlm", *SMALL, "--save_every", "1", "--out", "run", "--steps", "3"]
-    update = train.Run.update
+    batch_of = train.Run.batch
 
-    def killed(self, step, loss):
+    def killed(self, step):
         if step == 1:
             raise KeyboardInterrupt
-        update(self, step, loss)
-    monkeypatch.setattr(train.Run, "update", killed)
+        return batch_of(self, step)
+    monkeypatch.setattr(train.Run, "batch", killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(*options)
-    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(train.Run, "batch", batch_of)
     before = {f.name: f.read_bytes() for f in Path("run").iterdir() if f.name != "log.jsonl"}
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.argv[0] = sys.argv[1]; del sys.argv[1]; runpy.run_path(sys.argv[0], run_name='__main__')"
     full = subprocess.run([sys.executable, "-c", limited, str(HERE / "train.py"), *options, "--resume"],

@@ -1,848 +1,965 @@
-"""Training: one loop per method, each written out whole; data, checkpoints, evaluation and the benchmark around them.
+"""Training: one loop per method; data, checkpoints and evaluation around them.
 
-Papers: MDLM / LLaDA (the plain loss), MemDLM (arXiv 2603.22241, bilevel loss), MetaState (2603.01331, K-step unrolling).
-Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm, train_memdlm,
-train_metastate. Read those first; the rest is plumbing.
+Papers: MDLM / LLaDA (the plain loss), MemDLM (arXiv 2603.22241, bilevel loss), MetaState
+(2603.01331, K-step unrolling).
+Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm,
+train_memdlm, train_metastate. Read those first; the rest is plumbing.
 Shapes: B rows of the joined batch (all micro-batches, all ranks), L tokens
-Read as: every random number of a step comes from (seed, step), never from a running state. So a resumed run is bit for bit
-the run that was not killed, and any split of a batch over micro-batches or ranks gives the same loss.
-Left out: mixed precision beyond bf16 weights with fp32 adapters, 4-bit weights, dropout.
-Run: python train.py --method memdlm                                    (tiny, CPU: pretrains once, then fine-tunes)
-     python train.py --method memdlm --backbone GSAI-ML/LLaDA-8B-Base --data train.jsonl --max_len 2048 --batch_size 2
-     torchrun --nproc_per_node=8 train.py --method mdlm --backbone ...  (frozen layers sharded, data split)
+Read as: every random number of a step comes from (seed, step), never from a running state. So a
+resumed run is bit for bit the run that was not killed, and any split of a batch over micro-batches
+or ranks gives the same loss (but for the dropout of a LoRA, which is drawn by each rank).
+Left out: mixed precision beyond bf16 weights with fp32 adapters, 4-bit weights.
+Run: python train.py --method memdlm      (tiny, CPU: pretrains once, then fine-tunes)
+     python train.py --method memdlm --backbone GSAI-ML/LLaDA-8B-Base --data train.jsonl
+     torchrun --nproc_per_node=8 train.py --method mdlm --backbone ...
 """
 import argparse
+import contextlib
 import dataclasses
-import inspect
 import json
 import math
-import multiprocessing
 import os
 import random
-import re
-import shutil
 import time
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import memdlm
 import metastate
 import niah
-from backbone import (Backbone, BackboneConfig, cli, config_from_json, corrupt, default_device, encode_pair, find_folder,
-                      load_backbone, load_tokenizer, masked_loss, read_json, sample_t, save_adapter, save_backbone,
-                      write_atomically)
+from backbone import (Backbone, BackboneConfig, adapter_base, cli, config_from_json, corrupt,
+                      default_device, encode_pair, find_folder, load_backbone, load_tokenizer,
+                      masked_loss, option, read_json, sample_t, save_adapter, save_backbone,
+                      validate, write_atomically)
 from memdlm import MemDLMConfig
 from metastate import MetaState, MetaStateConfig
-from sample import generate, no_memory, peak_memory
-
-
-def option(default, text, **more):
-    return field(default=default, metadata=dict(help=text, **more))
+from sample import left_pad, no_memory, peak_memory
 
 
 @dataclass
 class TrainConfig:
-    """The only defaults; the command line is built from these fields. None = depends on the method, see DEFAULTS."""
-    method: str = option("memdlm", "mdlm: plain; memdlm: memory in weights; metastate: memory in activations",
+    """The only defaults; the command line is built from these fields. None: see DEFAULTS."""
+    method: str = option("memdlm", "plain, memory in weights, memory in activations",
                          choices=["mdlm", "memdlm", "metastate"])
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
-    init: str = option(None, "folder of a trained checkpoint to start from (tiny memdlm and metastate: pretrained once if missing)")
-    data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", \"response\"} or {\"messages\"}")
-    tasks: list = option(None, "niah tasks to train on (default: all alike; metastate: half of the rows resolve)", nargs="+",
-                         choices=list(niah.TASKS))
+    init: str = option(None, "checkpoint to start from (tiny with memory or LoRA: pretrained once)")
+    data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
+                       "\"response\"} or {\"messages\"}")
+    tasks: list = option(None, "niah tasks (default: all alike; metastate: half of them resolve)",
+                         choices=list(niah.TASKS), nargs="+")
     out: str = option(None, "output folder (default: runs/METHOD)")
-    steps: int = option(None, "optimizer steps")
-    batch_size: int = option(None, "rows per forward pass and process")
-    accumulate: int = option(1, "forward passes per optimizer step; the loss is exactly that of the joined batch")
-    lr: float = option(None, "peak learning rate (AdamW, warm-up, cosine to zero)")
-    warmup: float = option(0.03, "share of the steps with rising learning rate")
-    loss_weight: str = option("uniform", "uniform: each masked token counts alike; 1/t: the bound on the likelihood",
+    steps: int = option(None, "optimizer steps", low=1)
+    epochs: int = option(None, "JSONL: passes over the data, if --steps is not given", low=1)
+    batch_size: int = option(None, "rows per forward pass and process", low=1)
+    accumulate: int = option(1, "forward passes per step, with the joined batch's loss", low=1)
+    lr: float = option(None, "peak learning rate (AdamW, warm-up, cosine to zero)", low=0)
+    warmup: float = option(None, "share of the steps with rising learning rate", low=0, high=1)
+    beta2: float = option(None, "AdamW's second beta", low=0, high=0.999999)
+    weight_decay: float = option(None, "AdamW's, for matrices", low=0)
+    loss_weight: str = option(None, "uniform: masked tokens count alike; 1/t: the likelihood bound",
                               choices=["uniform", "1/t"])
-    full_share: float = option(None, "share of batches in which the prompt is masked too: the model learns to denoise prompts")
-    context: int = option(64, "niah: longest training text, in tokens")
-    max_len: int = option(4096, "JSONL: longer examples are left out, and counted")
-    lora: int = option(None, "rank of the trained LoRA, alpha = 2 r; 0 = all weights (default: 0 for tiny, 32 for others)")
-    seed: int = option(0, "fixes data, noise and initialisation")
-    eval_every: int = option(None, "steps between held-out evaluations (default: a tenth of the run)")
-    save_every: int = option(200, "steps between checkpoints")
-    n_eval: int = option(100, "niah samples per task in the table at the end; 0 = no table")
-    checkpointing: bool = option(None, "recompute activations in the backward pass (default: on for real backbones)")
+    full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
+    context: int = option(64, "niah: longest training text, in tokens", low=0)
+    max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
+    lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights (default: an adapter "
+                       "keeps its own)", low=0)
+    lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
+    seed: int = option(0, "fixes data, noise and initialisation", low=0, high=2 ** 31)
+    eval_every: int = option(None, "steps between held-out losses (default: a tenth)", low=1)
+    save_every: int = option(200, "steps between checkpoints", low=1)
+    n_eval: int = option(100, "niah samples per task in the table at the end; 0 = no table", low=0)
+    checkpointing: bool = option(None, "recompute activations (default: on for real backbones)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
     dtype: str = option(None, "default: the checkpoint's own", choices=["float32", "bfloat16"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    overwrite: bool = option(False, "delete what is in --out and start anew")
+    overwrite: bool = option(False, "delete what an earlier run wrote into --out and start anew")
 
 
-# steps, batch_size, lr, full_share, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of three without two
-# of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three. Fine-tuning 2e-5 as in MemDLM, section 4.1:
-# at 2e-4 its shortcut cost that weak seed half of its multikey accuracy.
-DEFAULTS = {"pretrain": (8000, 48, 3e-3, 0.3), "finetune": (400, 32, 2e-5, 0.5), "lora": (1000, 2, 2e-5, 0.0),
-            "metastate": (3000, 32, 2e-3, 0.0)}
+# What None stands for, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of
+# three without two of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three.
+# Fine-tuning at 2e-4 instead of MemDLM's 2e-5 cost that weak seed half of its multikey accuracy.
+# "published" is MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts
+# for what the section leaves open (betas, decay, dropout, weight of the loss).
+TINY = dict(warmup=0.03, beta2=0.98, weight_decay=0.01, loss_weight="uniform", lora=0,
+            lora_dropout=0.0, tasks=list(niah.TASKS))
+# half of MetaState's rows need memory (resolve), the other half keeps what the model can do
+OTHERS = [task for task in niah.TASKS if task != "resolve"]
+DEFAULTS = {
+    "pretrain": dict(steps=8000, batch_size=48, lr=3e-3, full_share=0.3, **TINY),
+    "finetune": dict(steps=400, batch_size=32, lr=2e-5, full_share=0.5, **TINY),
+    "metastate": {**TINY, **dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0,
+                                 tasks=["resolve"] * len(OTHERS) + OTHERS)},
+    "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
+                      beta2=0.999, weight_decay=0.0, loss_weight="1/t", lora=32,
+                      lora_dropout=0.05, tasks=list(niah.TASKS))}
+
+# All that a run writes into its folder, and all that --overwrite deletes.
+WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
+    adapter_model.safetensors adapter_config.json metastate.safetensors metastate.json
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
-    """Rows of data with their noise. The answer stands at the end of every row; prompts are padded on the left."""
+    """Rows of data with their noise: prompts, padded on the left, and the answers at the end."""
     x0: torch.Tensor            # (B, L) clean tokens
     given: torch.Tensor         # (B, L) bool, prompt or padding: never masked, no loss
     attend: torch.Tensor        # (B, L) bool, False = padding
     t: torch.Tensor             # (B,)
-    u: torch.Tensor             # (B, L) the uniform numbers that decide which tokens are masked at t
-
-    def rows(self, start, stop, device):
-        return Batch(*(x[start:stop].to(device) for x in self))
+    u: torch.Tensor             # (B, L) uniform numbers: token i is masked where u < t
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. The three methods.
 
 def train_mdlm(run):
     """Masked diffusion: one random state per row."""
-    backbone, mask_id = run.backbone, run.backbone.cfg.mask_id
+    backbone = run.backbone
     for step in run.steps():
         # 1. A batch of clean tokens, t and u for each row
         batch, n_maskable = run.batch(step)
-        total = 0.0
-        for part in run.parts(batch):
+        loss_sum = 0.0
+        run.optimizer.zero_grad()
+        for rows in run.micro_batches(batch):
             # 2. Forward process
-            xt, masked = corrupt(part.x0, part.t, part.given, mask_id, part.u)
+            xt, masked = corrupt(rows.x0, rows.t, rows.given, backbone.cfg.mask_id, rows.u)
             # 3. One pass; logits at the masked positions only
-            logits = backbone(xt, part.attend, masked)
+            logits = backbone(xt, rows.attend, masked)
             # 4. Loss
-            loss = masked_loss(logits, part.x0, masked, run.weight(part.t), n_maskable)
+            loss = masked_loss(logits, rows.x0, masked, run.weight(rows.t), n_maskable)
             loss.backward()
-            total += loss.item()
+            loss_sum += loss.item()
         # 5. Update theta
-        run.update(step, total)
+        run.loss = run.sum_over_ranks(loss_sum)
+        run.grad_norm = clip_grad_norm_(run.trained, 1.0)
+        run.optimizer.step()
+        run.schedule.step()
 
 
 def train_memdlm(run):
-    """Bilevel: the inner loop writes each row's trajectory into its phi, the outer loss trains theta given phi."""
+    """Bilevel: the inner loop writes each row's trajectory into its phi, the outer loss trains
+    theta given phi."""
     for step in run.steps():
         # 1. A batch of clean tokens, t and u for each row
         batch, n_maskable = run.batch(step)
-        total = 0.0
-        for part in run.parts(batch):
+        loss_sum = 0.0
+        run.optimizer.zero_grad()
+        for rows in run.micro_batches(batch):
             # 2.-4. Two nested states, inner loop on phi, outer loss on theta: memdlm.loss_memdlm
-            loss = memdlm.loss_memdlm(run.backbone, part.x0, part.given, part.attend, part.t, part.u, run.weight(part.t),
-                                      n_maskable, run.mem, seed=1_000_003 * run.cfg.seed + step)
+            loss = memdlm.loss_memdlm(run.backbone, *rows, run.weight(rows.t), n_maskable,
+                                      run.inner, seed=run.step_seed(step))
             loss.backward()
-            total += loss.item()
+            loss_sum += loss.item()
         # 5. Update theta; phi is thrown away
-        run.update(step, total)
+        run.loss = run.sum_over_ranks(loss_sum)
+        run.grad_norm = clip_grad_norm_(run.trained, 1.0)
+        run.optimizer.step()
+        run.schedule.step()
 
 
 def train_metastate(run):
-    """K-step unrolling: K denoising steps in one graph, slots carried along; the backbone is frozen."""
+    """K-step unrolling: K denoising steps in one graph, slots carried along; the backbone is
+    frozen."""
     for step in run.steps():
         # 1. A batch; four rows of five start fully masked
         batch, _ = run.batch(step)
-        rng = torch.Generator().manual_seed(1_000_003 * run.cfg.seed + step)
+        rng = torch.Generator().manual_seed(run.step_seed(step))
         B = len(batch.x0)
         t = torch.where(torch.rand(B, generator=rng) < 0.8, 1.0, batch.t)
-        # 2. Curriculum: first passes over an unchanged canvas, where only memory can help; then trajectories
+        # 2. Curriculum: first passes over an unchanged canvas, where only memory can help; then
+        # trajectories
         if step < 0.4 * run.cfg.steps:
-            stay, unroll, first_loss = torch.ones(B, dtype=torch.bool), 3, 1
+            stay = torch.ones(B, dtype=torch.bool)
+            unroll = 3
+            first_loss = 1
         else:
-            stay, first_loss = torch.rand(B, generator=rng) < 0.4, 0
+            stay = torch.rand(B, generator=rng) < 0.4
             unroll = int(torch.randint(2, run.meta.cfg.unroll + 2, (), generator=rng))
-        batch, total = batch._replace(t=t), 0.0
-        for part, part_stay in zip(run.parts(batch), run.split(stay)):
+            first_loss = 0
+        loss_sum = 0.0
+        run.optimizer.zero_grad()
+        for rows, rows_stay in zip(run.micro_batches(batch._replace(t=t)), run.split(stay)):
             # 3. The unrolled loss: metastate.loss_unrolled
-            loss = metastate.loss_unrolled(run.meta, run.backbone, part.x0, part.given, part.attend, part.t,
-                                           part_stay.to(run.device), unroll, first_loss, part.u, B)
+            loss = metastate.loss_unrolled(run.meta, run.backbone, rows.x0, rows.given, rows.attend,
+                                           rows.t, rows_stay.to(run.device), unroll, first_loss,
+                                           rows.u, B)
             loss.backward()
-            total += loss.item()
+            loss_sum += loss.item()
         # 4. Update Mixer, Updater, Injector and time conditioner
-        run.update(step, total)
+        run.loss = run.sum_over_ranks(loss_sum)
+        run.grad_norm = clip_grad_norm_(run.trained, 1.0)
+        run.optimizer.step()
+        run.schedule.step()
 
 
 LOOPS = {"mdlm": train_mdlm, "memdlm": train_memdlm, "metastate": train_metastate}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Data.
 
-def niah_pairs(tokenizer, cfg, tasks, length, n, seed, split="train"):
+def niah_pairs(tokenizer, model_cfg, tasks, length, n, seed, split="train"):
     """n niah samples as (prompt ids, response ids)."""
-    samples = niah.make_samples(tasks, length, n, seed, split, niah.token_counter(tokenizer, cfg))
-    if cfg.family != "tiny":
-        return [encode_pair(tokenizer, cfg, dict(prompt=niah.INTRO + s.prompt, response=s.answer)) for s in samples]
-    ids = tokenizer([s.prompt for s in samples] + [s.answer for s in samples], add_special_tokens=False)["input_ids"]
-    return [(p, r + [cfg.eos_id]) for p, r in zip(ids[:n], ids[n:])]
+    count = niah.token_counter(tokenizer, model_cfg)
+    samples = niah.make_samples(tasks, length, n, seed, split, count)
+    if model_cfg.family != "tiny":
+        return [encode_pair(tokenizer, model_cfg,
+                            dict(prompt=niah.INTRO + s.prompt, response=s.answer)) for s in samples]
+    texts = [s.prompt for s in samples] + [s.answer for s in samples]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [(p, r + [model_cfg.eos_id]) for p, r in zip(ids[:n], ids[n:])]
 
 
-def read_jsonl(path, tokenizer, cfg, max_len):
-    """A JSONL file -> list of (prompt ids, response ids). Bad lines are errors with file and line number; examples longer than
-    max_len are left out and counted (as MemDLM does)."""
-    pairs, long = [], 0
-    with open(path, encoding="utf-8") as f:
+def read_jsonl(path, tokenizer, model_cfg, max_len):
+    """A JSONL file -> list of (prompt ids, response ids). ValueError names file and line of what
+    is wrong; examples longer than max_len are left out and counted."""
+    pairs = []
+    too_long = 0
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            where = f"{path}, line {number}"
             try:
-                example = json.loads(line)
+                example = json.loads(line.decode())
+                # a lone surrogate, which JSON can spell and no tokenizer takes, fails here
+                json.dumps(example, ensure_ascii=False).encode()
+                # a tokenizer takes minutes over 100 MB, and no token has 100 characters on average
+                fits = check_example(example) <= 100 * max_len
+                pair = encode_pair(tokenizer, model_cfg, example) if fits else ()
+            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
             except ValueError as e:
-                raise ValueError(f"{where}: not valid JSON ({e})") from None
-            check_example(example, where)
-            try:
-                prompt, response = encode_pair(tokenizer, cfg, example)
-            except ValueError as e:
-                raise ValueError(f"{where}: {e}") from None
-            if len(prompt) + len(response) > max_len:
-                long += 1
+                raise ValueError(f"{path}, line {number}: {e}") from None
+            if fits and sum(len(ids) for ids in pair) <= max_len:
+                pairs.append(pair)
             else:
-                pairs.append((prompt, response))
-    if long:
-        print(f"{path}: left out {long} examples longer than --max_len {max_len}")
+                too_long += 1
+    if too_long:
+        print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
     if len(pairs) < 2:
-        raise ValueError(f"{path}: {len(pairs)} usable examples; at least 2 are needed (one is held out)")
+        raise ValueError(f"{path}: {len(pairs)} usable examples; at least 2 are needed (one is "
+                         f"held out)")
     return pairs
 
 
-def check_example(example, where):
+def check_example(example):
+    """The number of characters in one example; ValueError if it is none."""
     if not isinstance(example, dict):
-        raise ValueError(f"{where}: expected an object, found {type(example).__name__}")
+        raise ValueError(f"expected an object, found {type(example).__name__}")
+    texts = {key: example.get(key) for key in ("prompt", "response")}
     if "messages" in example:
         messages = example["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 or not all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-            raise ValueError(f"{where}: messages must be a list of at least two {{\"role\", \"content\"}} objects")
-        if messages[-1]["role"] != "assistant" or any(m["role"] not in ("system", "user", "assistant") for m in messages):
-            raise ValueError(f"{where}: roles are system, user and assistant, and the last message is the assistant's")
-    elif not isinstance(example.get("prompt"), str) or not isinstance(example.get("response"), str):
-        raise ValueError(f"{where}: expected {{\"prompt\": text, \"response\": text}} or {{\"messages\": [...]}}, "
-                         f"found the keys {sorted(example)}")
-    elif not example["response"].strip() or not example["prompt"].strip():
-        raise ValueError(f"{where}: the {'prompt' if example['response'].strip() else 'response'} is empty")
+        if not isinstance(messages, list) or len(messages) < 2 \
+                or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("messages must be at least two {\"role\", \"content\"} objects")
+        roles = [m.get("role") for m in messages]
+        if roles[-1] != "assistant" or not all(r in ("system", "user", "assistant") for r in roles):
+            raise ValueError("roles are system, user and assistant, and the last message is the "
+                             "assistant's")
+        texts = {f"content of message {i}": m.get("content") for i, m in enumerate(messages, 1)}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"expected {{\"prompt\": text, \"response\": text}} or "
+                             f"{{\"messages\": [...]}}; the {key} is no text")
+        if key in example and not text.strip():
+            raise ValueError(f"the {key} is empty")
+    return sum(len(text) for text in texts.values())
 
 
-def collate(pairs, cfg, width, generator):
-    """Prompts padded on the left, responses filled up with end-of-text, which is maskable and learned, as in LLaDA's SFT."""
-    longest, width = max(len(p) for p, _ in pairs), max(width, max(len(r) for _, r in pairs))
-    x0 = torch.full((len(pairs), longest + width), cfg.eos_id)
-    attend = torch.ones(x0.shape, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(pairs):
-        x0[row, longest - len(prompt):longest + len(response)] = torch.tensor(prompt + response)
-        x0[row, :longest - len(prompt)], attend[row, :longest - len(prompt)] = cfg.pad_id, False
-    given = torch.zeros_like(attend)
-    given[:, :longest] = True
-    return Batch(x0, given, attend, sample_t(len(pairs), generator=generator), torch.rand(x0.shape, generator=generator))
+def collate(pairs, model_cfg, width, generator):
+    """Prompts padded on the left, responses filled up with end-of-text to at least `width` tokens.
+    End-of-text is maskable and learned, as in LLaDA's SFT."""
+    prompts, attend = left_pad([p for p, _ in pairs], model_cfg.pad_id, "cpu")
+    width = max(width, max(len(r) for _, r in pairs))
+    responses = torch.full((len(pairs), width), model_cfg.eos_id)
+    for row, (_, response) in enumerate(pairs):
+        responses[row, :len(response)] = torch.tensor(response)
+    maskable = torch.ones_like(responses, dtype=torch.bool)
+    x0 = torch.cat([prompts, responses], dim=1)                         # (B, L)
+    given = torch.cat([torch.ones_like(attend), ~maskable], dim=1)
+    attend = torch.cat([attend, maskable], dim=1)
+    t = sample_t(len(pairs), generator=generator)
+    return Batch(x0, given, attend, t, torch.rand(x0.shape, generator=generator))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """The order of n examples in an epoch: a new one each, no example twice before all once."""
+    return random.Random(f"{seed} epoch {epoch}").sample(range(n), n)
+
+
+# ------------------------------------------------------------------------------------------------
 # 3. One run: what every loop above needs.
 
 class Run:
-    """Data by step, optimizer, logging, evaluation, checkpoints. Holds no random state: see the file's header."""
+    """Data by step, optimizer, logging, evaluation, checkpoints. Holds no random state: see the
+    file's header. pairs: the data of a JSONL file, None for niah."""
 
-    def __init__(self, cfg, mem, meta_cfg, backbone, tokenizer, base, stage):
-        self.cfg, self.mem, self.backbone, self.tokenizer, self.base, self.stage = cfg, mem, backbone, tokenizer, base, stage
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device, self.out = backbone.device, Path(cfg.out)
-        self.joined = cfg.batch_size * cfg.accumulate * self.world          # rows per optimizer step
-        self.pairs = None
-        if cfg.data != "niah":
-            self.pairs = read_jsonl(cfg.data, tokenizer, backbone.cfg, min(cfg.max_len, backbone.cfg.max_len))
-            held = max(1, min(64, len(self.pairs) // 10))
-            self.held, self.pairs = self.pairs[-held:], self.pairs[:-held]
+    def __init__(self, cfg, inner, meta_cfg, backbone, tokenizer, pairs, base, stage):
+        self.cfg = cfg
+        self.inner = inner
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.base = base
+        self.stage = stage
+        self.rank, self.world = ranks()
+        self.device = backbone.device
+        self.out = Path(cfg.out)
+        self.joined = cfg.batch_size * cfg.accumulate * self.world      # rows per optimizer step
+        self.pairs, self.held_pairs = pairs or (None, None)
+        self.width = niah.BUDGET if pairs is None else 0                # of an answer, at least
         self.meta = None
+        # the arm whose held-out loss is logged; its memory, and passes over the canvas
+        self.watched = "off", no_memory, 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
             self.meta = MetaState(backbone.cfg, meta_cfg).to(self.device)
-            backbone.requires_grad_(False)
-            self.mark = metastate.fingerprint(backbone)                     # before its layers are split over the ranks
-            width = niah.BUDGET if self.pairs is None else min(len(r) for _, r in self.pairs)
-            if meta_cfg.unroll > width:
-                raise ValueError(f"unroll={meta_cfg.unroll} denoising steps need as many maskable tokens; an answer has {width}")
-        self.trained = [p for m in (self.meta, backbone) if m is not None for p in m.parameters() if p.requires_grad]
-        shard(backbone, self.trained)
-        # norms and gains are not decayed; betas as in LLaDA-style training of small models (arbitrary, not tuned)
-        groups = [dict(params=[p for p in self.trained if p.ndim > 1], weight_decay=0.01),
+            self.watched = metastate.ARMS[meta_cfg.memory], self.meta.memory(), 2
+            self.fingerprint = metastate.fingerprint(backbone)          # before layers are split
+        modules = [backbone] if self.meta is None else [self.meta]
+        self.trained = [p for m in modules for p in m.parameters() if p.requires_grad]
+        shard(backbone)
+        # norms and gains are not decayed
+        groups = [dict(params=[p for p in self.trained if p.ndim > 1]),
                   dict(params=[p for p in self.trained if p.ndim <= 1], weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                           weight_decay=cfg.weight_decay)
         from transformers import get_cosine_schedule_with_warmup
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, int(cfg.warmup * cfg.steps)), cfg.steps)
-        self.first_step, self.seconds = 0, 0.0
+        rising = max(1, int(cfg.warmup * cfg.steps))
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, rising, cfg.steps)
+        self.first_step = 0
+        self.seconds = 0.0
 
-    # -- data ----------------------------------------------------------------------------------------------------------
+    # -- data ------------------------------------------------------------------------------------
 
     def batch(self, step):
-        """The joined batch of a step on the CPU, the same on every rank, and its number of maskable tokens."""
-        cfg, rng = self.cfg, random.Random(f"{self.cfg.seed} {step}")
+        """The joined batch of a step on the CPU, the same on every rank, and its number of
+        maskable tokens."""
+        cfg = self.cfg
+        rng = random.Random(f"{cfg.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        if self.pairs is None:                                              # mixed lengths: without them lookup is not learned
+        if self.pairs is None:
+            # mixed lengths: without them lookup is not learned
             length = rng.choice([0, cfg.context // 4, cfg.context // 2, cfg.context])
-            pairs = niah_pairs(self.tokenizer, self.backbone.cfg, cfg.tasks, length, self.joined, f"{cfg.seed} {step}")
-        else:                                                               # epochs: a new order each, no row twice before all once
+            pairs = niah_pairs(self.tokenizer, self.backbone.cfg, cfg.tasks, length, self.joined,
+                               f"{cfg.seed} {step}")
+        else:
+            size = len(self.pairs)
             numbers = range(step * self.joined, (step + 1) * self.joined)
-            pairs = [self.pairs[self.order(n // len(self.pairs))[n % len(self.pairs)]] for n in numbers]
-        batch = collate(pairs, self.backbone.cfg, niah.BUDGET if self.pairs is None else 0, generator)
+            pairs = [self.pairs[epoch_order(cfg.seed, n // size, size)[n % size]] for n in numbers]
+        batch = collate(pairs, self.backbone.cfg, self.width, generator)
         # from noise, lookup has to emerge before half of the gradient goes to the prompts
-        if rng.random() < cfg.full_share and (self.stage != "pretrain" or step > 0.5 * cfg.steps):
+        ready = self.stage != "pretrain" or step > 0.5 * cfg.steps
+        if rng.random() < cfg.full_share and ready:
             batch = batch._replace(given=~batch.attend)
         return batch, int((~batch.given).sum())
 
-    def order(self, epoch):
-        if getattr(self, "_epoch", None) != epoch:
-            rng, n = random.Random(f"{self.cfg.seed} epoch {epoch}"), len(self.pairs)
-            self._epoch, self._order = epoch, rng.sample(range(n), n)
-        return self._order
-
     def split(self, rows):
         """This rank's micro-batches of a tensor with one entry per row."""
-        n = self.cfg.batch_size
-        return [rows[i * n:(i + 1) * n] for i in range(self.rank * self.cfg.accumulate, (self.rank + 1) * self.cfg.accumulate)]
+        size = self.cfg.batch_size
+        first = self.rank * self.cfg.accumulate
+        return [rows[i * size:(i + 1) * size] for i in range(first, first + self.cfg.accumulate)]
 
-    def parts(self, batch):
-        return (Batch(*(x.to(self.device) for x in part)) for part in zip(*(self.split(x) for x in batch)))
+    def micro_batches(self, batch):
+        for fields in zip(*(self.split(x) for x in batch)):
+            yield Batch(*(x.to(self.device) for x in fields))
 
     def weight(self, t):
         return 1 / t if self.cfg.loss_weight == "1/t" else torch.ones_like(t)
 
-    # -- the loop ------------------------------------------------------------------------------------------------------
+    def step_seed(self, step):
+        return 1_000_003 * self.cfg.seed + step
+
+    # -- around a step ---------------------------------------------------------------------------
 
     def steps(self):
-        self.log = self.out / "log.jsonl"
-        self.bar = tqdm(total=self.cfg.steps, initial=self.first_step, desc=self.stage, unit="step", disable=self.rank > 0)
-        self.held_out = math.nan
-        for step in range(self.first_step, self.cfg.steps):
+        """The numbers of the steps to do; after each: log, held-out loss, checkpoint."""
+        cfg = self.cfg
+        arm, memory, passes = self.watched
+        column = f"held_out_{arm}"
+        held_out = math.nan
+        for step in range(self.first_step, cfg.steps):
             began = time.time()
+            if cfg.lora_dropout:
+                torch.manual_seed(self.step_seed(step) * self.world + self.rank)
+                self.backbone.train()
             yield step
+            self.backbone.eval()
             self.seconds += time.time() - began
-            self.bar.update()
+            if not math.isfinite(self.loss):
+                kept = "no checkpoint was written yet"
+                if (self.out / "resume.pt").exists():
+                    kept = f"the last checkpoint in {self.out} is intact"
+                raise ValueError(f"the loss is {self.loss} at step {step} ({cfg.method}, seed "
+                                 f"{cfg.seed}); {kept}. Try a smaller --lr or --inner_lr, or look "
+                                 f"for broken examples")
             done = step + 1
+            row = dict(step=step, loss=self.loss, grad_norm=float(self.grad_norm),
+                       lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                held_out = row[column] = self.held_out_loss(memory, passes)
             if self.rank == 0:
-                self.bar.set_postfix(loss=f"{self.loss:.3f}", held_out_off=f"{self.held_out:.3f}")
-            if done % self.cfg.eval_every == 0 or done == self.cfg.steps:
-                self.held_out = self.held_out_loss("off")
-            self.write_log(step, done)
-            if done % self.cfg.save_every == 0 or done == self.cfg.steps:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(row) + "\n")
+                self.bar.set_postfix({"loss": f"{self.loss:.3f}", column: f"{held_out:.3f}"})
+                self.bar.update()
+            if done % cfg.save_every == 0 or done == cfg.steps:
                 self.save(done)
-        self.bar.close()
 
-    def update(self, step, loss):
-        """Average over ranks, clip, step. loss: this rank's share of the joined batch's loss."""
-        loss = torch.tensor(loss, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(loss)
-            for p in self.trained:                                          # the shares of the joined loss add up
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-        self.loss = loss.item()
-        if not math.isfinite(self.loss):
-            raise ValueError(f"the loss is {self.loss} at step {step} ({self.cfg.method}, seed {self.cfg.seed}); the last "
-                             f"checkpoint in {self.out} is intact. Try a smaller --lr or --inner_lr, or look for broken examples")
-        self.grad_norm = nn.utils.clip_grad_norm_(self.trained, 1.0).item()
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+    def sum_over_ranks(self, loss):
+        """Each rank has its rows' share of the joined batch's loss and gradient: they add up.
+        Returns the joined loss."""
+        if self.world == 1:
+            return loss
+        joined = torch.tensor(loss, device=self.device)
+        dist.all_reduce(joined)
+        for p in self.trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        return joined.item()
 
-    def write_log(self, step, done):
-        if self.rank == 0:
-            row = dict(step=step, loss=self.loss, grad_norm=self.grad_norm, lr=self.schedule.get_last_lr()[0],
-                       seconds=round(self.seconds, 2))
-            if done % self.cfg.eval_every == 0 or done == self.cfg.steps:
-                row["held_out_off"] = self.held_out
-            with open(self.log, "a") as f:
-                f.write(json.dumps(row) + "\n")
-
-    # -- held-out loss -------------------------------------------------------------------------------------------------
+    # -- held-out loss ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def held_out_loss(self, arm, n=128):
-        """Mean CE per masked token on held-out data, t stratified over (0, 1). arm: off (plain), prompt (phi adapted to the
-        prompt), leak (phi adapted to the very tokens that are scored, as in the paper's Fig. 4: an upper bound, no result),
-        metastate (slots after one pass over the same canvas)."""
-        generator, cfg, total, count = torch.Generator().manual_seed(0), self.backbone.cfg, 0.0, 0
-        size = self.cfg.batch_size if cfg.family != "tiny" else 64
-        if self.pairs is None:
-            pairs = niah_pairs(self.tokenizer, cfg, self.cfg.tasks, self.cfg.context, n, 0, "eval")
-        else:
-            pairs = self.held
+    def held_out_loss(self, memory, passes=1, n=128):
+        """Mean CE per masked token on held-out data, t stratified over (0, 1), after `passes`
+        passes over the same canvas. memory: as in sample.generate, or None for phi fitted to the
+        very tokens that are scored, as in MemDLM's Fig. 4: an upper bound, no result."""
+        backbone = self.backbone
+        generator = torch.Generator().manual_seed(0)
+        size = self.cfg.batch_size if backbone.cfg.family != "tiny" else 64
+        pairs = self.held_pairs
+        if pairs is None:
+            pairs = niah_pairs(self.tokenizer, backbone.cfg, self.cfg.tasks, self.cfg.context, n, 0,
+                               "eval")
+        total = 0.0
+        count = 0
         for i in range(0, len(pairs), size):
-            b = collate(pairs[i:i + size], cfg, niah.BUDGET if self.pairs is None else 0, generator)
-            b = b._replace(t=(torch.arange(len(b.t)) + 0.5) / len(b.t)).rows(0, size, self.device)
-            xt, masked = corrupt(b.x0, b.t, b.given, cfg.mask_id, b.u)
+            batch = collate(pairs[i:i + size], backbone.cfg, self.width, generator)
+            start = int(batch.given[0].sum())
+            t = (torch.arange(len(batch.t)) + 0.5) / len(batch.t)
+            rows = Batch(*(x.to(self.device) for x in batch._replace(t=t)))
+            xt, masked = corrupt(rows.x0, rows.t, rows.given, backbone.cfg.mask_id, rows.u)
             if not masked.any():
                 continue
-            if arm == "metastate":
-                start, ctx, slots = int(b.given.all(0).long().cumprod(0).sum()), self.backbone.context(xt, b.attend), None
-                ratio = masked.sum(1) / (~b.given).sum(1)
-                for _ in range(2):
-                    logits, slots, _ = self.meta.step(self.backbone, ctx, xt, ratio, slots, masked, start)
+            ratio = masked.sum(1) / (~rows.given).sum(1)                # (B,)
+            if memory is None:
+                phi = leaky_phi(backbone, rows, xt, masked, ratio, self.inner)
+                logits = backbone(xt, rows.attend, masked, phi)         # (N, V)
             else:
-                phi = {}
-                if arm == "prompt":
-                    phi = memdlm.adapt_to_prompt(self.backbone, xt, b.attend, b.given, self.mem)
-                elif arm == "leak":
-                    first, ctx = memdlm.first_fast_layer(self.backbone, self.mem), self.backbone.context(xt, b.attend)
-                    phi = memdlm.init_phi(self.backbone, len(xt), self.mem)
-                    h = self.backbone.run(self.backbone.embed(xt), ctx, 0, first)
-                    ratio = (masked.sum(1) / (~b.given).sum(1)).clamp(min=1e-3)
-                    for _ in range(2):
-                        phi = memdlm.inner_step(self.backbone, phi, h, ctx, b.x0, masked, 1 / ratio, self.mem)
-                logits = self.backbone(xt, b.attend, masked, phi)
-            total += F.cross_entropy(logits.float(), b.x0[masked], reduction="sum").item()
+                predict, state = memory(backbone, xt, rows.attend, start)
+                for _ in range(passes):
+                    logits, state = predict(xt, ratio, state, masked)   # (N, V)
+            total += F.cross_entropy(logits.float(), rows.x0[masked], reduction="sum").item()
             count += int(masked.sum())
         return total / max(1, count)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints -----------------------------------------------------------------------------
 
     def save(self, done):
-        """resume.pt holds everything needed to go on, in one file that is replaced in one move; beside it the checkpoint as
-        sample.py and niah.py read it."""
+        """resume.pt holds everything needed to go on, in one file that is replaced in one move;
+        beside it the checkpoint as sample.py and niah.py read it."""
         if self.rank > 0:
             return
-        state = dict(step=done, seconds=self.seconds, trained=[p.detach().cpu() for p in self.trained],
-                     optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), settings=self.settings())
+        state = dict(step=done, seconds=self.seconds, settings=self.settings(),
+                     trained=[p.detach().cpu() for p in self.trained],
+                     optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict())
         write_atomically(self.out / "resume.pt", lambda path: torch.save(state, path))
         if self.meta is not None:
-            metastate.save(self.meta, self.out, self.base, self.mark)
+            metastate.save(self.meta, self.out, self.base, self.fingerprint)
+            return
+        if self.cfg.lora:
+            save_adapter(self.backbone, self.out, self.base)
         else:
-            if self.cfg.lora:
-                save_adapter(self.backbone, self.out, self.base)
-            else:
-                save_backbone(self.backbone, self.out, self.tokenizer)
-            text = json.dumps(dataclasses.asdict(self.mem), indent=1)
-            write_atomically(self.out / "memory.json", lambda path: Path(path).write_text(text))
+            save_backbone(self.backbone, self.out, self.tokenizer)
+        text = json.dumps(dataclasses.asdict(self.inner), indent=1)
+        write_atomically(self.out / "memory.json", lambda path: Path(path).write_text(text))
 
     def settings(self):
         """What must be the same for a resumed run to be the same run."""
-        free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every", "checkpointing")
-        own = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
+        free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every",
+                "checkpointing")
+        fixed = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
         slots = dataclasses.asdict(self.meta.cfg) if self.meta else {}
-        return {**own, **dataclasses.asdict(self.mem), **slots, "world": self.world}
+        return {**fixed, **dataclasses.asdict(self.inner), **slots, "world": self.world}
 
     def resume(self):
+        """Go on from resume.pt, from the start if there is none yet. The log is cut there: it has
+        one row a step, and those behind the checkpoint will be written again."""
         path = self.out / "resume.pt"
-        if not path.exists():                                               # killed before the first checkpoint
+        if path.exists():
+            state = read_state(path)
+            saved = state["settings"]
+            changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in self.settings().items()
+                       if saved.get(k) != v]
+            if changed:
+                raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
+            with torch.no_grad():
+                for p, value in zip(self.trained, state["trained"]):
+                    p.copy_(value)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.first_step = state["step"]
+            self.seconds = state["seconds"]
+        if self.rank > 0:
             return
-        state = read_state(path)
-        saved = state["settings"]
-        changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in self.settings().items() if saved.get(k) != v]
-        if changed:
-            raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
-        with torch.no_grad():
-            for p, value in zip(self.trained, state["trained"]):
-                p.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.first_step, self.seconds = state["step"], state["seconds"]
-        if self.rank == 0 and (self.out / "log.jsonl").exists():            # rows after the checkpoint will be written again
-            rows = (self.out / "log.jsonl").read_text().splitlines()
-            keep = [row for row in rows if row.endswith("}") and json.loads(row)["step"] < self.first_step]
-            write_atomically(self.out / "log.jsonl", lambda p: Path(p).write_text("".join(row + "\n" for row in keep)))
-        print(f"resumed {self.out} at step {self.first_step}")
+        log = self.out / "log.jsonl"
+        if log.exists():
+            kept = "".join(log.read_text().splitlines(keepends=True)[:self.first_step])
+            write_atomically(log, lambda part: Path(part).write_text(kept))
+        if path.exists():
+            print(f"resumed {self.out} at step {self.first_step}")
+        else:
+            print(f"--resume: {self.out} holds no checkpoint, the run starts from the beginning")
+
+
+def leaky_phi(backbone, rows, xt, masked, ratio, inner):
+    """phi after two inner steps on the labels that the held-out loss scores."""
+    first = memdlm.first_fast_layer(backbone, inner)
+    ctx = backbone.context(xt, rows.attend)
+    phi = memdlm.init_phi(backbone, len(xt), inner)
+    h = backbone.run(backbone.embed(xt), ctx, 0, first)
+    weight = 1 / ratio.clamp(min=1e-3)                                  # (B,)
+    for _ in range(2):
+        phi = memdlm.inner_step(backbone, phi, h, ctx, rows.x0, masked, weight, inner)
+    return phi
 
 
 def read_state(path):
-    """The contents of a resume.pt; ValueError if anything in it is not as it was written."""
+    """The contents of a resume.pt. ValueError if anything in it is not as it was written, OSError
+    if the file cannot be opened."""
     try:
-        if zipfile.ZipFile(path).testzip():                                 # torch.load does not look at the checksums
-            raise ValueError
+        if zipfile.ZipFile(path).testzip():                 # torch.load looks at no checksum
+            raise ValueError("a checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("step", "seconds", "trained", "optimizer", "schedule", "settings")}
+        names = ("step", "seconds", "trained", "optimizer", "schedule", "settings")
+        return {name: state[name] for name in names}
+    except OSError as e:
+        raise OSError(f"{path} cannot be opened ({e})") from None
     except Exception as e:
-        raise ValueError(f"{path} cannot be read ({type(e).__name__}): truncated or corrupted. --overwrite starts that run "
-                         f"anew, and so does deleting its folder") from None
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}): truncated or corrupted. "
+                         f"Deleting its folder starts that run anew") from None
 
 
-def shard(backbone, trained):
-    """More than one process: frozen layers are split over the ranks (FSDP2, one unit a layer); trained weights stay whole on
-    every rank, and update() adds up their gradients."""
+# ------------------------------------------------------------------------------------------------
+# 4. Several processes, and one folder for each run.
+
+def ranks():
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(cfg):
+    """Under torchrun: one device for each process. The current CUDA device is set before anything
+    touches CUDA, because NCCL and fully_shard put what they make on the current one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and cfg.device != "cpu":
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl")
+        cfg.device = f"cuda:{local}"
+    else:
+        dist.init_process_group("gloo")
+        cfg.device = "cpu"
+
+
+def shard(backbone):
+    """Several processes: frozen layers are split over the ranks (FSDP2, one unit a layer); trained
+    weights stay whole on every rank, and their gradients are added up. The mesh is named: by
+    itself fully_shard takes a GPU where there is one, also for a run on the CPU."""
     if dist.is_initialized() and not all(p.requires_grad for p in backbone.parameters()):
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(backbone.device.type, (dist.get_world_size(),))
         for layer in backbone.layers:
-            fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
+            whole = {p for p in layer.parameters() if p.requires_grad}
+            fully_shard(layer, mesh=mesh, ignored_params=whole)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Memory, before it is needed.
+def check_out(cfg, base=None):
+    """ValueError if --out is taken, or if writing there could touch what the run reads."""
+    out = Path(cfg.out).resolve()
+    for folder in {base, cfg.init, cfg.backbone} - {None, "tiny"}:
+        if out.is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--out {cfg.out} lies in {folder}, which the run reads: name another")
+    if cfg.data != "niah" and Path(cfg.data).resolve().is_relative_to(out):
+        raise ValueError(f"--data {cfg.data} lies in --out {cfg.out}: name another --out")
+    if cfg.resume or not out.exists() or {f.name for f in out.iterdir()} <= {".lock"}:
+        return
+    if not cfg.overwrite:
+        raise ValueError(f"{cfg.out} exists already: --resume goes on, --overwrite starts anew, "
+                         f"--out names another folder")
+    if not ((out / "log.jsonl").exists() or (out / "resume.pt").exists()):
+        raise ValueError(f"--overwrite: {cfg.out} holds no run of train.py (no log.jsonl)")
 
-def estimate(cfg, method, batch, length, lora, scored=1.0, mem=None, meta_cfg=None, weight_bytes=2, checkpointing=True):
-    """Bytes on the device while training, by kind; cfg: a BackboneConfig. Weights of `weight_bytes`, all that is trained in
-    fp32 with gradient and two Adam moments. scored: share of the positions at which logits are computed. An estimate by
-    counting tensors, good to about 20 %; fragmentation and the framework's own memory (about 1 GB) come on top."""
-    mem, D, L = mem or MemDLMConfig(), cfg.d_model, cfg.n_layers
+
+@contextlib.contextmanager
+def locked(out):
+    """One run in a folder at a time. The system frees the lock however the process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is in use by another run: wait for its end, or name another "
+                             f"--out") from None
+        except (ImportError, OSError):
+            pass                            # Windows, or a file system without locks
+        yield
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Memory, before it is needed.
+
+def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
+             weight_bytes=2, checkpointing=True):
+    """Bytes on the device while training, by kind. Weights of `weight_bytes`, all that is trained
+    in fp32 with gradient and two Adam moments. scored: share of the positions at which logits are
+    computed. An estimate by counting tensors, good to about 20 %; fragmentation and the
+    framework's own memory (about 1 GB) come on top."""
+    inner = inner or MemDLMConfig()
+    D = model_cfg.d_model
     with torch.device("meta"):
-        model = Backbone(cfg)
+        model = Backbone(model_cfg)
         weights = sum(p.numel() for p in model.parameters())
+        trained = weights
         if method == "metastate":
-            trained = sum(p.numel() for p in MetaState(cfg, meta_cfg).parameters())
+            trained = sum(p.numel() for p in MetaState(model_cfg, meta_cfg).parameters())
         elif lora:
             model.add_lora(lora, 2 * lora)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        else:
-            trained = weights
-        fast = memdlm.init_phi(model, 1, mem) if method == "memdlm" else {}
+        fast = memdlm.init_phi(model, 1, inner) if method == "memdlm" else {}
         phi = sum(w.A[0].numel() + w.B[0].numel() for w in fast.values())
-    tokens, passes = batch * length, meta_cfg.unroll if method == "metastate" else 1
-    ffn = cfg.d_ff * max(1, cfg.experts_per_token)
-    layer = tokens * (10 * D + 3 * cfg.n_heads * cfg.head_dim + 4 * ffn) * weight_bytes     # kept for one layer's backward
-    start = meta_cfg.inject_layers[0] if method == "metastate" else 0
-    kept = tokens * D * weight_bytes * (L - start) + layer if checkpointing else layer * (L - start)
+    tokens = batch * length
+    passes = 1
+    first = 0                                               # layers below keep no activation
+    if method == "metastate":
+        passes = max(3, meta_cfg.unroll)                    # 3: the first part of its curriculum
+        first = meta_cfg.inject_layers[0]
+    ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
+    # kept for the backward pass of one layer
+    layer = tokens * (10 * D + 3 * model_cfg.n_heads * model_cfg.head_dim + 4 * ffn) * weight_bytes
+    kept = layer * (model_cfg.n_layers - first)
+    if checkpointing:
+        kept = tokens * D * weight_bytes * (model_cfg.n_layers - first) + layer
     return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
             "trained, gradient, Adam": 16 * trained,
-            "fast weights": 4 * 4 * phi * batch,                            # phi, its gradient, the new phi, a temporary
+            # phi, its gradient, the new phi, a temporary
+            "fast weights": 4 * 4 * phi * batch,
             "activations": kept * passes,
             # as computed, in fp32, and their gradient
-            "logits": int(tokens * scored) * cfg.vocab_size * (weight_bytes + 8) * passes}
+            "logits": int(tokens * scored) * model_cfg.vocab_size * (weight_bytes + 8) * passes}
 
 
-def show_estimate(parts):
-    unit, size = ("GB", 1e9) if sum(parts.values()) > 1e9 else ("MB", 1e6)
-    return ", ".join(f"{k} {v / size:.1f}" for k, v in parts.items() if v) + f"; together {sum(parts.values()) / size:.1f} {unit}"
+def show_estimate(sizes):
+    total = sum(sizes.values())
+    unit, size = ("GB", 1e9) if total > 1e9 else ("MB", 1e6)
+    kinds = ", ".join(f"{k} {v / size:.1f}" for k, v in sizes.items() if v)
+    return f"{kinds}; together {total / size:.1f} {unit}"
 
 
 def device_memory(device):
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Command line.
+# ------------------------------------------------------------------------------------------------
+# 6. From flags to a run.
 
-@lru_cache(maxsize=None)
-def comments(cls):
-    """{field: the comment beside it}, so that what stands in the source is what --help says."""
-    found, name = {}, None
-    for line in inspect.getsource(cls).splitlines():
-        field_line, more = re.match(r"    (\w+): .*?# (.*)", line), re.match(r" {20,}# (.*)", line)
-        if field_line:
-            name = field_line[1]
-            found[name] = field_line[2]
-        elif more and name:
-            found[name] += " " + more[1]
-    return {k: v.replace("%", "%%") for k, v in found.items()}
-
-
-def add_options(parser, cls):
-    for f in dataclasses.fields(cls):
-        text, more = f.metadata.get("help", comments(cls).get(f.name, "")), {k: v for k, v in f.metadata.items() if k != "help"}
-        default = "" if f.default is None or f.type is bool else f" (default {f.default})"
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
-        else:
-            kind = str if f.type is list else f.type
-            parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text + default, **more)
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone runs on a laptop in minutes: "
-                    "it pretrains a tiny backbone once, fine-tunes it, and prints what the memory does.")
-    add_options(parser, TrainConfig)
-    group = parser.add_argument_group("MemDLM (memdlm.py)")
-    add_options(group, MemDLMConfig)
-    group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
-    for f in dataclasses.fields(MetaStateConfig):
-        many = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type)
-        group.add_argument(f"--{f.name}", help=comments(MetaStateConfig)[f.name], **many)
-    parser.add_argument("--bench", action="store_true", help="print ms and memory per step of all methods side by side, and stop")
-    parser.add_argument("--estimate", action="store_true",
-                        help="print the memory that training would need, and stop (reads config.json only)")
-    args = parser.parse_args(argv)
-    take = lambda cls: cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
-    meta = {f.name: getattr(args, f.name) for f in dataclasses.fields(MetaStateConfig) if getattr(args, f.name) is not None}
-    return take(TrainConfig), take(MemDLMConfig), meta, args
-
-
-def resolve(cfg, mem, family):
-    """Fill in what depends on the method; refuse what cannot work. ValueError says what to change."""
-    stage = "metastate" if cfg.method == "metastate" else "lora" if (family != "tiny" if cfg.lora is None else cfg.lora) \
-        else "finetune" if cfg.init or cfg.backbone != "tiny" else "pretrain"
-    for name, value in zip(("steps", "batch_size", "lr", "full_share"), DEFAULTS[stage]):
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    if cfg.lora is None:
-        cfg.lora = 32 if stage == "lora" else 0
-    if cfg.checkpointing is None:
-        cfg.checkpointing = family != "tiny"
-    if cfg.eval_every is None:
-        cfg.eval_every = max(1, cfg.steps // 10)
-    # metastate: half of the rows need memory (resolve), the other half keeps what the frozen model can do
-    others = [task for task in niah.TASKS if task != "resolve"]
-    cfg.tasks = cfg.tasks or (["resolve"] * len(others) + others if cfg.method == "metastate" else list(niah.TASKS))
-    cfg.out = cfg.out or f"runs/{cfg.method}"
-    for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "max_len"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name, value in (("lr", cfg.lr), ("inner_lr", mem.inner_lr), ("rank", mem.rank), ("clip", mem.clip)):
-        if not (value > 0 or (name != "rank" and value == 0)) or not math.isfinite(value):
-            raise ValueError(f"--{name} must be a positive number, not {value}")
-    for name, value in (("full_share", cfg.full_share), ("warmup", cfg.warmup), ("prompt_ratio", mem.prompt_ratio),
-                        ("fraction", mem.fraction)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
-    if mem.inner_on not in ("response", "prompt"):
-        raise ValueError(f"--inner_on must be response or prompt, not {mem.inner_on!r}")
+def check_flags(cfg, inner):
+    """ValueError for flags that are wrong whatever the backbone is."""
+    validate(cfg)
+    validate(inner)
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("--resume goes on with the run in --out, --overwrite deletes it: not both")
     if cfg.data != "niah" and not Path(cfg.data).is_file():
         raise ValueError(f"--data {cfg.data}: no such file (niah, or a JSONL file)")
+    if cfg.epochs and cfg.data == "niah":
+        raise ValueError("--epochs needs --data FILE; niah texts never repeat: use --steps")
+    if cfg.device == "meta":
+        raise ValueError("--device meta computes nothing; cpu always can")
+    if cfg.method == "metastate" and cfg.lora:
+        raise ValueError("--lora: MetaState's backbone is frozen; train the adapter with --method "
+                         "mdlm and give its folder as --init")
+
+
+def base_of(source):
+    """Where the whole weights of a checkpoint lie: an adapter names its base."""
+    if source == "tiny" or not (find_folder(source) / "adapter_config.json").exists():
+        return source
+    return adapter_base(find_folder(source))
+
+
+def keep_rank(cfg, source, base):
+    """Training goes on with an adapter's own rank; ValueError if --lora asks for another."""
+    if base != source and cfg.method != "metastate":
+        rank = read_json(find_folder(source) / "adapter_config.json")["r"]
+        if cfg.lora not in (None, rank):
+            raise ValueError(f"--lora {cfg.lora}: {source} is an adapter of rank {rank}, which its "
+                             f"training keeps; leave --lora out, or start from {base}")
+        cfg.lora = rank
+
+
+def fill_in(cfg, family, n_examples=None, world=1):
+    """Replace every None by what it stands for here; returns the key of DEFAULTS. n_examples: the
+    number of training examples in a JSONL file."""
+    if cfg.method == "metastate":
+        stage = "metastate"
+    elif family != "tiny":
+        stage = "published"
+    else:
+        stage = "finetune" if cfg.init or cfg.backbone != "tiny" else "pretrain"
+    for name, value in DEFAULTS[stage].items():
+        if getattr(cfg, name) is None and name != "steps":
+            setattr(cfg, name, value)
+    if cfg.steps is None:
+        cfg.steps = DEFAULTS[stage]["steps"]
+        if n_examples and cfg.epochs:
+            rows = cfg.batch_size * cfg.accumulate * world
+            cfg.steps = math.ceil(cfg.epochs * n_examples / rows)
+    if cfg.checkpointing is None:
+        cfg.checkpointing = family != "tiny"
+    cfg.eval_every = cfg.eval_every or max(1, cfg.steps // 10)
     return stage
 
 
-def pretrained(cfg):
-    """The tiny backbone that memdlm and metastate start from, trained once with plain MDLM and then reused."""
-    out = Path("runs") / f"pretrained-seed{cfg.seed}"
-    first = TrainConfig(method="mdlm", seed=cfg.seed, out=str(out), n_eval=0, device=cfg.device, resume=True)
-    wanted = DEFAULTS["pretrain"][0]
-    if (out / "resume.pt").exists() and read_state(out / "resume.pt")["step"] == wanted:
-        print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do it again)")
-    else:
-        print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, into {out}; "
-              f"later runs reuse it")
-        train(first, MemDLMConfig(), {})
-    return str(out)
-
-
-def prepare_out(cfg):
-    out = Path(cfg.out)
-    if out.exists() and any(out.iterdir()):
-        if cfg.overwrite:
-            if not ((out / "log.jsonl").exists() or (out / "resume.pt").exists()):
-                raise ValueError(f"--overwrite: {out} does not look like a run of train.py (no log.jsonl); delete it by hand")
-            shutil.rmtree(out)
-        elif not cfg.resume:
-            raise ValueError(f"{out} exists already: --resume goes on, --overwrite deletes it, --out names another folder")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def train(cfg, mem, meta_options):
-    """One run from start to end; returns the Run."""
-    source = cfg.init or cfg.backbone
-    if source != "tiny":                                                    # read configurations before any long work
-        find_folder(source)
-    tokenizer = load_tokenizer(source)
-    if source == "tiny" and cfg.method != "mdlm":
-        resolve(dataclasses.replace(cfg, init="pretrained"), mem, "tiny")
-        metastate_config(BackboneConfig(), meta_options)
-        if not cfg.resume and not cfg.overwrite and Path(cfg.out or f"runs/{cfg.method}").exists():
-            prepare_out(dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.method}"))
-        source = cfg.init = pretrained(cfg)
-    torch.manual_seed(cfg.seed)
-    device = default_device(cfg.device)
-    backbone = load_backbone(source, device, cfg.dtype and getattr(torch, cfg.dtype))
-    stage = resolve(cfg, mem, backbone.cfg.family)
-    meta_cfg = metastate_config(backbone.cfg, meta_options)
-    backbone.checkpointing = cfg.checkpointing
-    if cfg.lora and not any("lora" in n for n, _ in backbone.named_parameters()):
-        backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
-    for name, p in backbone.named_parameters():
-        p.requires_grad_(cfg.method != "metastate" and (not cfg.lora or "lora" in name))
-    length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
-    parts = estimate(backbone.cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, mem, meta_cfg,
-                     backbone.embed_tokens.weight.element_size(), cfg.checkpointing)
-    if sum(parts.values()) > device_memory(device):
-        raise ValueError(f"this needs more memory than {device} has ({device_memory(device) / 1e9:.1f} GB): "
-                         f"{show_estimate(parts)}. "
-                         f"Try a smaller --batch_size (with --accumulate), a shorter --max_len, --lora, --checkpointing")
-    run = Run(cfg, mem, meta_cfg, backbone, tokenizer, base_name(source), stage)
-    if run.rank == 0:
-        prepare_out(cfg)
-        trained = sum(p.numel() for p in run.trained)
-        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
-        print(f"{cfg.method} from {source} into {cfg.out}: {cfg.steps} steps of {run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, "
-              f"torch {torch.__version__} on {device}\n{trained:,} trained parameters"
-              + (f", {frozen:,} frozen ({100 * trained / frozen:.2f} %)" if frozen else ""))
-        if stage == "pretrain":
-            print(f"first loss about ln V = {math.log(backbone.cfg.vocab_size):.2f} x the share of masked tokens")
-        print(f"memory estimate: {show_estimate(parts)}")
-    if run.world > 1:
-        dist.barrier()
-    if cfg.resume:
-        run.resume()
-    LOOPS[cfg.method](run)
-    return run
-
-
-def metastate_config(backbone_cfg, options):
-    meta_cfg = dataclasses.replace(metastate.for_backbone(backbone_cfg), **options)
+def metastate_config(model_cfg, options):
+    meta_cfg = dataclasses.replace(metastate.for_backbone(model_cfg), **options)
     meta_cfg.inject_layers = tuple(meta_cfg.inject_layers)
-    meta_cfg.check(backbone_cfg.n_layers)
+    validate(meta_cfg)
+    meta_cfg.check(model_cfg.n_layers)
     return meta_cfg
 
 
-def base_name(source):
-    """An adapter folder's base, so that an adapter trained further still names the official checkpoint."""
-    config = Path(source) / "adapter_config.json"
-    return read_json(config)["base_model_name_or_path"] if config.exists() else source
+def read_data(cfg, tokenizer, model_cfg, meta_cfg):
+    """(training pairs, held-out pairs) of a JSONL file, None for niah."""
+    data = None
+    width = niah.BUDGET
+    if cfg.data != "niah":
+        pairs = read_jsonl(cfg.data, tokenizer, model_cfg, min(cfg.max_len, model_cfg.max_len))
+        held = max(1, min(64, len(pairs) // 10))
+        data = pairs[:-held], pairs[-held:]
+        width = min(len(response) for _, response in pairs)
+    if cfg.method == "metastate" and meta_cfg.unroll > width:
+        raise ValueError(f"unroll={meta_cfg.unroll} denoising steps need as many maskable tokens; "
+                         f"an answer has {width}")
+    return data
+
+
+def prepare(cfg, inner, meta_options):
+    """Everything that can be refused is refused here, and then the Run is made."""
+    check_flags(cfg, inner)
+    cfg.out = cfg.out or f"runs/{cfg.method}"
+    source = cfg.init or cfg.backbone
+    to_pretrain = source == "tiny" and (cfg.method != "mdlm" or bool(cfg.lora))
+    if to_pretrain:
+        # trained below if need be; until then a new backbone stands in
+        cfg.init = f"runs/pretrained-seed{cfg.seed}"
+    base = base_of(source)
+    keep_rank(cfg, source, base)
+    check_out(cfg, base)
+    device = default_device(cfg.device)
+    dtype = cfg.dtype and getattr(torch, cfg.dtype)
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(cfg.seed)
+    backbone = load_backbone(source, device, dtype)
+    meta_cfg = metastate_config(backbone.cfg, meta_options)
+    data = read_data(cfg, tokenizer, backbone.cfg, meta_cfg)
+    stage = fill_in(cfg, backbone.cfg.family, data and len(data[0]), ranks()[1])
+    length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
+    sizes = estimate(backbone.cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner,
+                     meta_cfg, backbone.dtype.itemsize, cfg.checkpointing)
+    if sum(sizes.values()) > device_memory(device):
+        raise ValueError(f"this needs more memory than {device} has "
+                         f"({device_memory(device) / 1e9:.1f} GB): {show_estimate(sizes)}. Try a "
+                         f"smaller --batch_size (with --accumulate), a shorter --max_len, --lora, "
+                         f"--checkpointing")
+    if to_pretrain:
+        pretrain(cfg)
+        backbone = load_backbone(cfg.init, device, dtype)
+    backbone.checkpointing = cfg.checkpointing
+    prepare_weights(backbone, cfg)
+    if ranks()[0] == 0:
+        print(f"memory estimate: {show_estimate(sizes)}")
+    # an adapter trained further stands on its old base; all else on what it started from
+    if base == source or cfg.method == "metastate":
+        base = cfg.init or cfg.backbone
+    return Run(cfg, inner, meta_cfg, backbone, tokenizer, data, base, stage)
+
+
+def prepare_weights(backbone, cfg):
+    """Add the LoRA, unless an adapter was loaded with one, and say which weights are trained."""
+    if cfg.lora and not any("lora" in name for name, _ in backbone.named_parameters()):
+        backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
+    for module in backbone.modules():
+        if getattr(module, "lora_rank", 0):
+            module.lora_dropout = cfg.lora_dropout
+    for name, p in backbone.named_parameters():
+        p.requires_grad_(cfg.method != "metastate" and (not cfg.lora or "lora" in name))
+
+
+def pretrain(cfg):
+    """The tiny backbone that memories and adapters start from, trained once with plain MDLM."""
+    out = Path(cfg.init)
+    first = TrainConfig(method="mdlm", seed=cfg.seed, out=cfg.init, n_eval=0, device=cfg.device,
+                        resume=out.exists())
+    wanted = DEFAULTS["pretrain"]["steps"]
+    if (out / "resume.pt").exists() and read_state(out / "resume.pt")["step"] == wanted:
+        print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do "
+              f"it again)")
+    else:
+        print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, "
+              f"into {out}; later runs reuse it")
+        train(first, MemDLMConfig(), {}, show=False)
+
+
+def train(cfg, inner, meta_options, show=True):
+    """One run from start to end; returns the Run. show: print the tables at the end."""
+    run = prepare(cfg, inner, meta_options)
+    with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
+        if run.rank == 0:
+            check_out(cfg)                                  # another run may have just ended here
+            for name in WRITTEN if cfg.overwrite else ():
+                (run.out / name).unlink(missing_ok=True)
+            introduce(run)
+        if run.world > 1:
+            dist.barrier()
+        if cfg.resume:
+            run.resume()
+        with tqdm(total=cfg.steps, initial=run.first_step, desc=run.stage, unit="step",
+                  disable=run.rank > 0) as run.bar:
+            LOOPS[cfg.method](run)
+        if show and run.world == 1:
+            report(run)
+    return run
+
+
+def introduce(run):
+    """What is trained, on what, before the first step."""
+    cfg = run.cfg
+    trained = sum(p.numel() for p in run.trained)
+    frozen = sum(p.numel() for p in run.backbone.parameters() if not p.requires_grad)
+    print(f"{cfg.method} from {cfg.init or cfg.backbone} into {cfg.out}: {cfg.steps} steps of "
+          f"{run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, torch {torch.__version__} on "
+          f"{run.device}")
+    share = f", {frozen:,} frozen ({100 * trained / frozen:.2f} %)" if frozen else ""
+    print(f"{trained:,} trained parameters{share}")
+    if run.stage == "pretrain":
+        print(f"first loss about ln V = {math.log(run.backbone.cfg.vocab_size):.2f} x the share of "
+              f"masked tokens")
 
 
 def report(run):
     """The table at the end: held-out loss and NIAH accuracy, memory off first; and how to go on."""
     cfg = run.cfg
-    arms = {"off": no_memory, "on": memdlm.prompt_memory(run.mem)}
+    off = run.held_out_loss(no_memory)
     if run.meta is not None:
-        arms = {"frozen": no_memory, metastate.ARMS[run.meta.cfg.memory]: run.meta.memory()}
-        print(f"\nheld-out loss: frozen {run.held_out_loss('off'):.3f}, "
-              f"second pass over the same canvas {run.held_out_loss('metastate'):.3f}")
+        arm, memory, passes = run.watched
+        arms = {"frozen": no_memory, arm: memory}
+        print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas "
+              f"{run.held_out_loss(memory, passes):.3f}")
+        question = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
     else:
-        print(f"\nheld-out loss: memory off {run.held_out_loss('off'):.3f}, adapted to the prompt {run.held_out_loss('prompt'):.3f}"
-              f"   (leaky, fitted to the scored tokens: {run.held_out_loss('leak'):.3f}; an upper bound, no result)")
+        on = memdlm.prompt_memory(run.inner)
+        arms = {"off": no_memory, "on": on}
+        print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt "
+              f"{run.held_out_loss(on):.3f}   (leaky, fitted to the scored tokens: "
+              f"{run.held_out_loss(None):.3f}; an upper bound, no result)")
+        question = "the sky is blue . river = 47 . stone = 12 . ? river ="
     if cfg.n_eval:
         tasks = list(dict.fromkeys(cfg.tasks))
         if run.meta is not None:
             print("\npasses over an unchanged, fully masked answer, then one commit")
-            file = run.out / "passes.jsonl"
-            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval, 1, 8, file)
+            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval,
+                                  1, 8, run.out / "passes.jsonl")
             print(f"{niah.table(rows, by='steps')}\n\ndecoding")
-        rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1, run.out / "niah.jsonl")
+        rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1,
+                             run.out / "niah.jsonl")
         print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
-    question = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is" if run.meta is not None else \
-        "the sky is blue . river = 47 . stone = 12 . ? river ="
-    print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory {peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
+    print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory "
+          f"{peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
           f"  python sample.py --checkpoint {cfg.out} --watch --prompt \"{question}\"")
 
 
+def print_estimate(cfg, inner, meta_options):
+    check_flags(cfg, inner)
+    source = cfg.init or cfg.backbone
+    base = base_of(source)
+    model_cfg = BackboneConfig()
+    if base != "tiny":
+        path = find_folder(base) / "config.json"
+        model_cfg = config_from_json(read_json(path), path)
+    keep_rank(cfg, source, base)
+    fill_in(cfg, model_cfg.family)
+    sizes = estimate(model_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, inner,
+                     metastate_config(model_cfg, meta_options), checkpointing=cfg.checkpointing)
+    print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n"
+          f"{show_estimate(sizes)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Command line.
+
+def add_options(parser, cls, defaults=True):
+    """One flag for each field of a configuration. defaults: False = only what is given is set."""
+    for f in dataclasses.fields(cls):
+        default = f.default if defaults else None
+        text = f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=action, default=default, help=text)
+            continue
+        if default is not None:
+            text += f" (default {default})"
+        kind = {list: str, tuple: int}.get(f.type, f.type)
+        more = {k: f.metadata[k] for k in ("choices", "nargs") if k in f.metadata}
+        parser.add_argument(f"--{f.name}", type=kind, default=default, help=text, **more)
+
+
+def parse(argv=None):
+    """TrainConfig, MemDLMConfig, the MetaState flags that were given, and whether to --estimate."""
+    parser = argparse.ArgumentParser(
+        description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
+                    "runs on a laptop in minutes: it pretrains a tiny backbone once, fine-tunes "
+                    "it, and prints what the memory does.")
+    add_options(parser, TrainConfig)
+    add_options(parser.add_argument_group("MemDLM (memdlm.py)"), MemDLMConfig)
+    group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
+    add_options(group, MetaStateConfig, defaults=False)
+    parser.add_argument("--estimate", action="store_true",
+                        help="print the memory that training would need, and stop (reads "
+                             "config.json only)")
+    args = parser.parse_args(argv)
+
+    def given(cls):
+        return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    meta_options = {k: v for k, v in given(MetaStateConfig).items() if v is not None}
+    cfg = TrainConfig(**given(TrainConfig))
+    return cfg, MemDLMConfig(**given(MemDLMConfig)), meta_options, args.estimate
+
+
 def main():
-    cfg, mem, meta_options, args = parse()
-    if args.bench:
-        return bench()
-    if args.estimate:
-        return print_estimate(cfg, mem, meta_options)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        cuda = torch.cuda.is_available() and cfg.device != "cpu"
-        dist.init_process_group("nccl" if cuda else "gloo")
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else cfg.device
-    run = train(cfg, mem, meta_options)
-    if run.world == 1:
-        report(run)
-    else:
+    cfg, inner, meta_options, only_estimate = parse()
+    if only_estimate:
+        return print_estimate(cfg, inner, meta_options)
+    join_ranks(cfg)
+    train(cfg, inner, meta_options)
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def print_estimate(cfg, mem, meta_options):
-    source = cfg.init or cfg.backbone
-    folder = find_folder(source) if source != "tiny" else None
-    backbone_cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json") if folder else BackboneConfig()
-    resolve(cfg, mem, backbone_cfg.family)
-    parts = estimate(backbone_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, mem,
-                     metastate_config(backbone_cfg, meta_options), checkpointing=cfg.checkpointing)
-    print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n{show_estimate(parts)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Benchmark: everything side by side in one run.
-
-BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768, conv_width=0)
-
-
-def bench_steps(batch=4, length=256):
-    """{name: a function that runs one training step}, all on equal data, answers as long as prompts."""
-    torch.manual_seed(0)
-    device = default_device()
-    model = Backbone(BENCH).init_weights().to(device)
-    meta = MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
-    x0 = torch.randint(3, 2048, (batch, length), device=device)
-    attend = torch.ones_like(x0, dtype=torch.bool)
-    given = attend.clone()
-    given[:, length // 2:] = False
-    ones, u, n, mem = torch.ones(batch, device=device), torch.rand(batch, length, device=device), batch * length // 2, MemDLMConfig()
-    t = 0.5 * ones
-
-    def mdlm():
-        model.requires_grad_(True)
-        xt, masked = corrupt(x0, t, given, 1, u)
-        masked_loss(model(xt, attend, masked), x0, masked, ones, n).backward()
-
-    def ours():
-        model.requires_grad_(True)
-        memdlm.loss_memdlm(model, x0, given, attend, t, u, ones, n, mem).backward()
-
-    def recomputed():                                                       # the trunk again for each inner step and the outer pass
-        model.requires_grad_(True)
-        first, ctx, phi = memdlm.first_fast_layer(model, mem), model.context(x0), memdlm.init_phi(model, batch, mem)
-        for ratio in (1.5 * t, t):
-            xt, masked = corrupt(x0, ratio, given, 1, u)
-            with torch.no_grad():
-                h = model.run(model.embed(xt), ctx, 0, first)
-            phi = memdlm.inner_step(model, phi, h, ctx, x0, masked, ones, mem)
-        masked_loss(model(xt, attend, masked, phi), x0, masked, ones, n).backward()
-
-    def unrolled():
-        model.requires_grad_(False)
-        metastate.loss_unrolled(meta, model, x0, given, attend, t, ones < 0, 4, 0, u, batch).backward()
-    return {"mdlm": mdlm, "memdlm": ours, "memdlm, trunk recomputed": recomputed, "metastate, K = 4, frozen": unrolled}
-
-
-def bench_peak(name):
-    """Peak memory of one kind of training step, measured in a process of its own."""
-    torch.set_num_threads(2)
-    for _ in range(2):
-        bench_steps()[name]()
-    return peak_memory()
-
-
-def clock(functions, rounds):
-    """Seconds per call, median over rounds; in each round every function runs once, so that drifts hit all alike."""
-    seconds = {name: [] for name in functions}
-    for r in range(rounds + 1):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if r:                                                           # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
-
-
-@torch.no_grad()
-def bench_denoising():
-    device = default_device()
-    torch.manual_seed(0)
-    model, meta = Backbone(BENCH).init_weights().to(device), MetaState(BENCH, MetaStateConfig(inject_layers=(10,))).to(device)
-    xt = torch.randint(3, 2048, (4, 256), device=device)
-    at = torch.zeros_like(xt, dtype=torch.bool)
-    at[:, 128:] = True
-    ctx, ones = model.context(xt), torch.ones(4, device=device)
-    phi = memdlm.adapt_to_prompt(model, xt, None, ~at, MemDLMConfig())
-    one = clock({"plain": lambda: model(xt, at=at), "with phi": lambda: model(xt, at=at, phi=phi),
-                 "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
-    # the head on selectable positions only, at a vocabulary of a real model's size
-    large = Backbone(dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)).init_weights().to(device)
-
-    def whole(backbone, xt, attend, start):
-        return lambda xt, t, state, at: (backbone(xt, attend)[at], state), None
-    prompt, settings = xt[:1, :192], dict(gen_length=64, steps=8, block_length=64)
-    ids = {}
-    head = clock({"logits where selectable": lambda: ids.update(a=generate(large, prompt, **settings)),
-                  "logits everywhere": lambda: ids.update(b=generate(large, prompt, memory=whole, **settings))}, 3)
-    assert torch.equal(ids["a"], ids["b"])
-    # the inner loop on 16 prompts of the tiny model, at once and one by one
-    tiny, mem = load_backbone("tiny", device), MemDLMConfig()
-    prompts = torch.randint(3, 139, (16, 64), device=device)
-    every = torch.ones_like(prompts, dtype=torch.bool)
-    one_by_one = lambda: [memdlm.adapt_to_prompt(tiny, p[None], None, every[:1], mem) for p in prompts]
-    adapt = clock({"16 prompts at once": lambda: memdlm.adapt_to_prompt(tiny, prompts, None, every, mem), "one by one": one_by_one}, 10)
-    return one, {name: s / 8 for name, s in head.items()}, adapt
-
-
-def bench():
-    """Prints one table; a few minutes on a CPU."""
-    print(f"20 layers, width 256, batch 4 x 256 tokens; torch {torch.__version__}, {default_device()}, {torch.get_num_threads()} threads")
-    seconds = clock(bench_steps(), 8)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peak = {name: pool.apply(bench_peak, (name,)) for name in seconds}
-    print(f"{'training step':<30}{'ms':>8}{'x mdlm':>8}{'peak GB':>9}")
-    for name, s in seconds.items():
-        print(f"{name:<30}{1000 * s:>8.0f}{s / seconds['mdlm']:>8.2f}{peak[name] / 1e9:>9.2f}")
-    titles = ("one denoising step", "a step at V = 100,000", "prompt adaptation")
-    for title, part in zip(titles, bench_denoising()):
-        print(f"{title:<30}{'ms':>8}{'x first':>8}")
-        for name, s in part.items():
-            print(f"  {name:<28}{1000 * s:>8.1f}{s / next(iter(part.values())):>8.2f}")
 
 
 if __name__ == "__main__":
