@@ -213,7 +213,7 @@ class MetaState(nn.Module):
         Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
         c, weights, last = self.time(t), None, backbone.cfg.n_layers
         place = self.place_code(torch.arange(xt.shape[1], device=xt.device)[None] - start)                     # (1, L, S)
-        attend = None if ctx.bias is None else ctx.bias[:, 0, 0]                                               # (B, L)
+        attend = ctx.attend                                               # (B, L)
         fresh = slots is None or self.cfg.memory == "reset"
         old = self.s0.expand(len(xt), -1, -1) if fresh and self.cfg.memory != "feedback" else slots
         with torch.no_grad():                                               # the same for every memory: no gradient needed

@@ -216,7 +216,7 @@ def test_slices_of_layers_compose_to_the_whole_and_the_head_can_run_on_chosen_po
 
 def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
     ids = torch.randint(3, 40, (2, 7))
-    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).bias is None
+    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).attend is None
 
 
 def test_tiny_tokenizer_round_trips_and_names_unknown_words(tmp_path):
