@@ -432,6 +432,17 @@ def corrupt(x0, t, given, mask_id, u=None, generator=None):
     return x0.masked_fill(masked, mask_id), masked
 
 
+def smallest(u, count):
+    """(B, L) bool: the count[b] smallest entries of row b. u (B, L), count (B,)."""
+    rank = u.argsort(1).argsort(1)              # the second argsort turns an order into ranks
+    return rank < count[:, None]
+
+
+def answer_start(given):
+    """Index of the first answer token: the first column that is not given in every row."""
+    return int(given.all(0).long().cumprod(0).sum())
+
+
 def sample_t(batch, eps=1e-3, generator=None):
     """One t ~ U(eps, 1) per row; LLaDA and MDLM: eps = 1e-3 keeps 1/t finite."""
     return eps + (1 - eps) * torch.rand(batch, generator=generator)

@@ -1,176 +1,331 @@
-"""MemDLM: memory in weights. Two gradient steps write a sample's denoising trajectory into fast weights, phi.
+"""MemDLM: memory in weights. Gradient steps write a text into low-rank fast weights, phi.
 
-Paper: MemDLM (arXiv 2603.22241), sections 3 and 4; the authors' code at github.com/JarvisPei/MemDLM.
-Idea: a diffusion LM is trained on single masked states but used on whole trajectories. MemDLM simulates a trajectory inside
-each training step: an inner loop fits low-rank fast weights on a noisier state and on the state itself, then the outer loss
-trains the base model with those fast weights in place. At inference the same inner loop can run on the prompt.
-Equations: Eq. 6 -> inner_step; Eq. 7 -> loss_memdlm; Eq. 8 -> loss_memdlm; Eq. 9 -> loss_memdlm; Eq. 10 -> loss_memdlm
+Paper: MemDLM (arXiv 2603.22241), sections 3 and 4; the authors' code is
+github.com/JarvisPei/MemDLM.
+Idea: a diffusion LM is trained on single masked states but used on whole trajectories. MemDLM
+simulates a trajectory inside each training step: an inner loop fits fast weights on a noisier state
+and then on the state itself, and the outer loss trains the base model with those fast weights in
+place. At inference the same inner loop runs on the prompt.
+Equations: Eq. 6 -> inner_step; Eq. 7 -> adapt_to_response; Eq. 8 -> adapt_to_response;
+           Eq. 9 -> loss_memdlm; Eq. 10 -> inner_step
 Shapes: B batch, L tokens, D width, V vocabulary, r rank, N masked positions (row-major)
 Read as:
-- One phi per sample (the abstract): LoRA factors with a batch dimension. The released code shares one phi per micro-batch.
-- phi_0: B = 0, A one random draw that all rows start from, so that a row's memory never depends on its neighbours.
-- Stage 1 targets all masked tokens, not only those the anchor reveals (Eq. 7 writes x_t; section 4.6 and the code do this).
-- Inner loss: mean over a row's masked tokens, in training times 1 / its mask ratio, at inference times 1 (released code).
-- Clipping: each tensor of each sample on its own, to norm 1 (section 4.4: 0.684 against 0.632 with one global norm).
-- First order: phi_K is a constant in the outer backward pass (Eq. 10).
-Left out: the inner losses the paper finds worse (KL, hidden states), inner_steps beyond 2, phi shared by a batch.
-Beware: in training the inner loop sees the labels that the outer loss scores. A low MemDLM training loss proves nothing.
+- One phi per sample (the first abstract): LoRA factors with a batch dimension. Sections 3.1 and 3.3
+  write "a batch", and the released code shares one phi between the rows of a micro-batch.
+- phi_0: B = 0, and A drawn from the seed and the row's own prompt, so that the memory of a row does
+  not depend on its place in the batch.
+- Stage 1 targets all masked tokens, not only those that the anchor reveals: Eq. 7 writes x_t, but
+  section 4.6 and the code do this.
+- Inner loss: mean over a row's masked tokens, times 1 / mask ratio in training, times 1 at
+  inference.
+- Clipping: each tensor of each sample on its own (section 4.4: 0.684 against 0.632 with one norm).
+Beware: in the paper's training the inner loop sees the labels that the outer loss scores. A low
+MemDLM training loss proves nothing.
+Ours: the closed book (loss_prompt). The inner loop writes the prompt, the outer loss hides it, so
+whatever is recalled was in the weights. There every token of the prompt is a target once
+(complementary masks), a long prompt is written in chunks, and the gradient may be exact.
 """
+import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from backbone import LowRank, corrupt, masked_loss, option
+from backbone import LowRank, answer_start, corrupt, masked_loss, option, smallest
 
 
 @dataclass
 class MemDLMConfig:
-    """Defaults: the paper's."""
+    """The inner loop. Defaults: the paper's; `for_backbone` has the tiny model's closed book."""
     rank: int = option(32, "r of the fast weights", low=1)
-    alpha: float = option(64.0, "the change is scaled by alpha / r")
-    fraction: float = option(0.1, "share of the layers, counted from the top, whose FFN carries phi; "
-                             "at least one layer", low=0, high=1)
+    alpha: float = option(64.0, "the change of a matrix is scaled by alpha / r", low=0)
+    fraction: float = option(0.1, "share of the layers, counted from the top, whose FFN carries "
+                             "phi; at least one layer", low=0, high=1)
     inner_lr: float = option(0.1, "eta, step size of the inner SGD", low=0)
-    clip: float = option(1.0, "gradient norm of one tensor of one sample", low=0)
-    s_pre: float = option(1.5, "pre-anchor time t_pre = min(1, max(s_pre * t, t))", low=0)
-    prompt_ratio: float = option(0.2, "anchor mask ratio when the inner loop runs on the prompt",
+    clip: float = option(1.0, "largest gradient norm of one tensor of one sample; 0 = no limit",
+                         low=0)
+    s_pre: float = option(1.5, "the pre-anchor state masks s_pre times as many tokens", low=1)
+    prompt_ratio: float = option(0.2, "mask ratio of the anchor when a prompt is written",
                                  low=0, high=1)
-    inner_on: str = option("response", "response (the paper: sees the labels) or prompt (ours: no leak) "
-                           "in training", choices=["response", "prompt"])
+    masks: int = option(0, "prompts: 0 = the paper's two nested states; n = n complementary masks "
+                        "of every n-th token, one step each", low=0)
+    chunk: int = option(0, "prompts: tokens written at a time, one chunk after the other; "
+                        "0 = the whole prompt at once", low=0)
+    inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
+                           "leak; closed_book: the prompt, which the outer loss then hides",
+                           choices=["response", "prompt", "closed_book"])
+    questions: int = option(1, "closed book: rows in a row that ask about one text and share its "
+                            "phi; the writing costs most", low=1)
+    exact_from: float = option(1.0, "share of the training steps after which the gradient goes "
+                               "back through the inner steps; 1 = never (Eq. 10)", low=0, high=1)
 
 
-def first_fast_layer(backbone, mem):
-    """Layers below form the trunk: they hold no phi, so their output on a state is computed once. N = 32 -> 28, N = 3 -> 2."""
+def for_backbone(config, inner_on=None):
+    """The inner loop's settings for a backbone: the closed book on the tiny one, else the
+    paper's."""
+    if inner_on is None:
+        inner_on = "closed_book" if config.family == "tiny" else "response"
+    if inner_on == "closed_book":
+        return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
+                            questions=4, exact_from=0.6)
+    return MemDLMConfig(inner_on=inner_on)
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Fast weights and one step on them.
+
+def first_fast_layer(backbone, inner):
+    """Layers below form the trunk: they hold no phi, so their output on a state is computed once.
+    N = 32 -> 28, N = 3 -> 2."""
     N = backbone.cfg.n_layers
-    return min(int(N * (1 - mem.fraction)), N - 1)
+    return min(int(N * (1 - inner.fraction)), N - 1)
 
 
-def init_phi(backbone, batch, mem, seed=0):
-    """phi_0 for every gate, up and down matrix (of each expert) of the fast layers: {name: LowRank}, fp32, adds nothing."""
-    generator, phi = torch.Generator().manual_seed(seed), {}
+def row_seeds(ids, prompt, seed):
+    """One integer per row from the seed and the row's own prompt tokens. ids, prompt (B, L)."""
+    rows = [row[own].cpu().numpy().tobytes() for row, own in zip(ids, prompt)]
+    return [zlib.crc32(row, seed % 2 ** 32) for row in rows]
+
+
+def init_phi(backbone, seeds, inner):
+    """phi_0 for every gate, up and down matrix (of each expert) of the fast layers, one row a seed:
+    {name: LowRank}, fp32. B = 0, so it adds nothing."""
+    first = first_fast_layer(backbone, inner)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    phi = {}
     for name, module in backbone.named_modules():
         layer = name.split(".")
-        if layer[0] == "layers" and name.endswith((".gate", ".up", ".down")) and int(layer[1]) >= first_fast_layer(backbone, mem):
-            bound = module.in_features ** -0.5                              # Kaiming-uniform, a = sqrt(5)
-            A = torch.empty(mem.rank, module.in_features).uniform_(-bound, bound, generator=generator).to(backbone.device)
-            phi[name] = LowRank(A.expand(batch, -1, -1), torch.zeros(batch, module.out_features, mem.rank, device=A.device),
-                                mem.alpha / mem.rank)
+        if layer[0] != "layers" or int(layer[1]) < first or layer[-1] not in ("gate", "up", "down"):
+            continue
+        bound = module.in_features ** -0.5                          # Kaiming-uniform, a = sqrt(5)
+        A = torch.empty(len(seeds), inner.rank, module.in_features)
+        for row, generator in zip(A, generators):
+            row.uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(len(seeds), module.out_features, inner.rank)
+        phi[name] = LowRank(A.to(backbone.device), B.to(backbone.device), inner.alpha / inner.rank)
     return phi
 
 
-def inner_step(backbone, phi, h, ctx, x0, masked, weight, mem):
-    """One SGD step of every row's phi on its own masked tokens. h (B, L, D): the trunk's output on the state, no gradient.
+def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False):
+    """One SGD step of every row's phi on its own masked tokens. Returns the new phi.
 
-    Returns the new phi. theta gets no gradient: autograd.grad is asked for phi alone, and h is a constant."""
-    phi = {name: LowRank(w.A.detach().requires_grad_(), w.B.detach().requires_grad_(), w.scale) for name, w in phi.items()}
+    h (B, L, D): the trunk's output on the state; x0, masked (B, L); weight (B,).
+    exact: keep the graph, so that the outer loss can be differentiated through this step."""
+    if not exact:
+        # Eq. 10, first order: phi and the state are constants of the outer backward pass
+        phi = {name: LowRank(w.A.detach(), w.B.detach(), w.scale) for name, w in phi.items()}
+        h = h.detach()
+    factors = [x for w in phi.values() for x in (w.A, w.B)]
+    for x in factors:
+        x.requires_grad_()              # no change to a factor that is already part of the graph
     with torch.enable_grad():
-        logits = backbone.head(backbone.run(h, ctx, first_fast_layer(backbone, mem), phi=phi), ctx, masked)     # (N, V)
-        ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")                                      # (N,)
-        per_row = weight / masked.sum(1).clamp(min=1)                                                           # (B,)
-        # a sum over rows: row b's phi occurs in row b's term only, so its gradient is its own
+        # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt)
+        h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
+        logits = backbone.head(h, ctx, masked)                                          # (N, V)
+        ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")              # (N,)
+        per_row = weight / masked.sum(1).clamp(min=1)                                   # (B,)
+        # a sum over rows: phi of row b occurs in the term of row b only, so its gradient is its own
         loss = (ce * per_row[masked.nonzero()[:, 0]]).sum()
-        grads = iter(torch.autograd.grad(loss, [x for w in phi.values() for x in (w.A, w.B)]))
+        gradients = torch.autograd.grad(loss, factors, create_graph=exact)
+    stepped = []
+    with torch.set_grad_enabled(exact):
+        for x, g in zip(factors, gradients):
+            if inner.clip:
+                norm = g.flatten(1).norm(dim=1)[:, None, None]                          # (B, 1, 1)
+                g = g * (inner.clip / (norm + 1e-6)).clamp(max=1)
+            # Eq. 6: phi_k = phi_{k-1} - eta * grad_phi L_inner(theta, phi_{k-1})
+            stepped.append(x - inner.inner_lr * g)
+    pairs = zip(phi, stepped[::2], stepped[1::2])
+    return {name: LowRank(A, B, phi[name].scale) for name, A, B in pairs}
 
-    def sgd(w):
-        g = next(grads)
-        norm = g.flatten(1).norm(dim=1)[:, None, None]                      # (B, 1, 1)
-        # Eq. 6
-        return w.detach() - mem.inner_lr * g * (mem.clip / (norm + 1e-6)).clamp(max=1)
-    return {name: LowRank(sgd(w.A), sgd(w.B), w.scale) for name, w in phi.items()}
+
+def inner_loop(backbone, phi, states, ctx, x0, inner, exact=False):
+    """phi_0 -> phi_K: one step on each state (h, masked, weight), in their order."""
+    for h, masked, weight in states:
+        phi = inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact)
+    return phi
 
 
-def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, mem, seed=0):
-    """The bilevel loss of one batch (Eq. 5). x0, given, attend, u (B, L); t, weight (B,): the outer loss is masked_loss's.
+def pre_anchor(masked, u, given, s_pre):
+    """The noisier state's mask: floor(min(n, s_pre * k)) of n maskable tokens, the k masked ones
+    among them. The extra ones have the smallest u; the anchor's are smaller still. (B, L) bool."""
+    n = (~given).sum(1)
+    count = (s_pre * masked.sum(1)).clamp(max=n).floor()
+    return smallest(u.masked_fill(given, 2.0).masked_fill(masked, -1.0), count)
 
-    Passes: the trunk once on each of the two states, the few fast layers three times."""
-    first, ctx = first_fast_layer(backbone, mem), backbone.context(x0, attend)
-    ratio = lambda masked: masked.sum(1) / (~given).sum(1)                  # (B,) the state's actual mask ratio
-    # 1. Two nested states of one trajectory: the same u, more of it masked before the anchor
+
+# --------------------------------------------------------------------------------------------------
+# 2. As published: the inner loop on the response.
+
+def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0):
+    """The paper's inner loop: phi fitted to the very tokens that are scored afterwards.
+
+    Returns phi_2, the trunk's output on the anchor state (B, L, D), the context, masked (B, L)."""
+    first = first_fast_layer(backbone, inner)
+    ctx = backbone.context(x0, attend)
+    n = (~given).sum(1)
+    # 1. Two nested states of one trajectory
     xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
-    xt_pre, masked_pre = corrupt(x0, (mem.s_pre * t).clamp(max=1).maximum(t), given, backbone.cfg.mask_id, u)
-    # 2. The anchor's trunk, once: with gradient for the outer pass; the inner loop sees it as a constant
+    masked_pre = pre_anchor(masked, u, given, inner.s_pre)
+    xt_pre = x0.masked_fill(masked_pre, backbone.cfg.mask_id)
+    # 2. Trunks: the anchor's serves the inner loop and the outer pass; the other needs no gradient
     h = backbone.run(backbone.embed(xt), ctx, 0, first)
-    # 3. Inner loop
-    if mem.inner_on == "prompt":                                            # differs: no leak, as at inference
-        phi = adapt_to_prompt(backbone, x0, attend, given, mem, seed)
+    with torch.no_grad():
+        h_pre = backbone.run(backbone.embed(xt_pre), ctx, 0, first)
+    # 3. Two steps, each weighted by 1 / its state's actual mask ratio
+    phi = init_phi(backbone, row_seeds(x0, given & attend, seed), inner)
+    # Eq. 7: phi_1 = phi_0 - eta * grad L(x0 | x_pre)       stage 1, pre-anchor
+    # Eq. 8: phi_2 = phi_1 - eta * grad L(x0 | x_t)         stage 2, anchor to target
+    states = [(h_pre, masked_pre, n / masked_pre.sum(1).clamp(min=1)),
+              (h, masked, n / masked.sum(1).clamp(min=1))]
+    return inner_loop(backbone, phi, states, ctx, x0, inner), h, ctx, masked
+
+
+def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, seed=0):
+    """The bilevel loss of one batch (Eq. 5): min over theta of the masked loss given phi_2(theta).
+
+    x0, given, attend, u (B, L); t, weight (B,); the outer loss is backbone.masked_loss.
+    Passes: the trunk once on each of the two states, the few fast layers three times."""
+    phi, h, ctx, masked = adapt_to_response(backbone, x0, given, attend, t, u, inner, seed)
+    h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
+    # Eq. 9: L = weight * sum over masked of -log p_{theta, phi_2}(x0_i | xt) / n_maskable
+    return masked_loss(backbone.head(h, ctx, masked), x0, masked, weight, n_maskable)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The inner loop on a prompt: the paper's inference, and training without a leak.
+
+def adapt_to_prompt(backbone, ids, attend, prompt, inner, seed=0, exact=False):
+    """Write a prompt into fast weights: phi_K for each row. ids, prompt (B, L), prompt True = a
+    token to learn from; attend (B, L) or None.
+
+    All random numbers of a row come from the seed and its own prompt, and chunks are counted from
+    the right end: the phi of a row is the same alone and in any batch padded on the left."""
+    attend = torch.ones_like(prompt) if attend is None else attend
+    prompt = prompt & attend & (ids != backbone.cfg.mask_id)
+    seeds = row_seeds(ids, prompt, seed)
+    u = torch.full(ids.shape, 2.0)                                                      # (B, L)
+    for row, own, s in zip(u, prompt.cpu(), seeds):
+        row[own] = torch.rand(int(own.sum()), generator=torch.Generator().manual_seed(s + 1))
+    u = u.to(ids.device)
+    phi = init_phi(backbone, seeds, inner)
+    L = ids.shape[1]
+    size = inner.chunk or L
+    for stop in reversed(range(L, 0, -size)):
+        piece = slice(max(0, stop - size), stop)
+        columns = (x[:, piece] for x in (ids, attend, prompt, u))
+        phi = write_chunk(backbone, phi, *columns, inner, exact)
+    return phi
+
+
+def write_chunk(backbone, phi, ids, attend, prompt, u, inner, exact):
+    """The steps on one chunk of the prompt; everything (B, l)."""
+    if inner.masks:
+        # Every token is a target once, and its nearest neighbours are in view. With random masks a
+        # fifth of the values would be masked together with their keys, and never bound to them.
+        number = prompt.long().cumsum(1)                                                # (B, l)
+        masks = [prompt & (number % inner.masks == k) for k in range(inner.masks)]
+        # a sum over tokens, not a mean: a fact is written as strongly in a long text as in a short
+        weights = [m.sum(1).float() for m in masks]
     else:
-        with torch.no_grad():
-            h_pre = backbone.run(backbone.embed(xt_pre), ctx, 0, first)
-        phi = init_phi(backbone, len(x0), mem, seed)
-        # Eq. 7
-        phi = inner_step(backbone, phi, h_pre, ctx, x0, masked_pre, 1 / ratio(masked_pre).clamp(min=1e-3), mem)
-        # Eq. 8
-        phi = inner_step(backbone, phi, h.detach(), ctx, x0, masked, 1 / ratio(masked).clamp(min=1e-3), mem)
-    # 4. Outer loss; phi came out of inner_step as a constant, so the gradient is first order. Eq. 10
-    logits = backbone.head(backbone.run(h, ctx, first, phi=phi), ctx, masked)
-    # Eq. 9
+        anchor = smallest(u, (inner.prompt_ratio * prompt.sum(1)).round())
+        masks = [pre_anchor(anchor, u, ~prompt, inner.s_pre), anchor]
+        weights = [torch.ones(len(ids), device=ids.device)] * 2
+    xt = torch.cat([ids.masked_fill(m, backbone.cfg.mask_id) for m in masks])
+    # below the fast weights no state depends on another: one pass through the trunk for all of them
+    with torch.set_grad_enabled(exact):
+        ctx = backbone.context(xt, attend.repeat(len(masks), 1))
+        h = backbone.run(backbone.embed(xt), ctx, 0, first_fast_layer(backbone, inner))
+    states = zip(h.chunk(len(masks)), masks, weights)
+    return inner_loop(backbone, phi, states, backbone.context(ids, attend), ids, inner, exact)
+
+
+def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, inner, seed=0,
+                exact=False):
+    """The bilevel loss whose inner loop writes tokens that are never scored: no leak.
+
+    context (B, L) bool: the tokens to write, at the left of the answer. With inner_on="closed_book"
+    the outer pass cannot see them, so what it recalls was in the weights. A batch without context
+    (all False: whole sequences are denoised) has nothing to write and is plain MDLM.
+    exact: the gradient goes back through the inner steps (Eq. 5 as it stands); else Eq. 10."""
+    phi = None
+    if context.any():
+        end = int(context.any(0).nonzero().max()) + 1
+        columns = (x[::inner.questions, :end] for x in (x0, attend, context))
+        phi = adapt_to_prompt(backbone, *columns, inner, seed, exact)
+        phi = {name: LowRank(w.A.repeat_interleave(inner.questions, 0),
+                             w.B.repeat_interleave(inner.questions, 0), w.scale)
+               for name, w in phi.items()}
+        if inner.inner_on == "closed_book":
+            # positions count from the first visible token, so columns that no row sees can go
+            attend = attend & ~context
+            seen = slice(int(attend.any(0).float().argmax()), None)
+            x0, given, attend, u = (x[:, seen] for x in (x0, given, attend, u))
+    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
+    logits = backbone(xt, attend, masked, phi)
     return masked_loss(logits, x0, masked, weight, n_maskable)
 
 
-@torch.no_grad()
-def adapt_to_prompt(backbone, ids, attend, prompt, mem, seed=0):
-    """The inner loop on the prompt alone: phi_2 for each row. ids, prompt (B, L), prompt True = a token to learn from.
-
-    Masks are drawn by position in the prompt, the same for every row: a row's phi is the same alone and in any batch."""
-    prompt = prompt & (ids != backbone.cfg.mask_id)
-    if attend is not None:
-        prompt = prompt & attend
-    generator = torch.Generator().manual_seed(seed)
-    number = (prompt.long().cumsum(1) - 1).clamp(min=0)                     # (B, L) position counted within the prompt
-    u = torch.rand(ids.shape[1], generator=generator).to(ids.device)[number]
-    t = torch.full((len(ids),), mem.prompt_ratio, device=ids.device)
-    # nothing below the fast weights needs a gradient here, so both states share one batched pass through the trunk
-    states = [corrupt(ids, x, ~prompt, backbone.cfg.mask_id, u) for x in ((mem.s_pre * t).clamp(max=1).maximum(t), t)]
-    xt, both = torch.cat([states[0][0], states[1][0]]), None if attend is None else torch.cat([attend, attend])
-    h = backbone.run(backbone.embed(xt), backbone.context(xt, both), 0, first_fast_layer(backbone, mem))
-    ctx, phi = backbone.context(ids, attend), init_phi(backbone, len(ids), mem, seed)
-    for h_state, (_, masked) in zip(h.chunk(2), states):
-        phi = inner_step(backbone, phi, h_state, ctx, ids, masked, torch.ones_like(t), mem)
-    return phi
-
-
-def prompt_memory(mem, seed=0):
-    """The `memory` argument of sample.generate: adapt to the prompt once, keep phi for the whole decode."""
+def prompt_memory(inner, seed=0):
+    """The `memory` argument of sample.generate: adapt to the prompt once, keep phi for the
+    decode."""
     def memory(backbone, xt, attend, start):
         ids = xt[:, :start]
         pad = None if attend is None else attend[:, :start]
-        phi = adapt_to_prompt(backbone, ids, pad, torch.ones_like(ids, dtype=torch.bool), mem, seed)
+        every = torch.ones_like(ids, dtype=torch.bool)
+        return written(adapt_to_prompt(backbone, ids, pad, every, inner, seed))(
+            backbone, xt, attend, start)
+    return memory
 
-        def predict(xt, t, phi, at):                                        # phi is None for guidance's copy without a prompt
-            return backbone(xt, attend, at, phi or {}), phi
+
+def written(phi):
+    """The `memory` of a phi that was written before: with a question for a prompt, the closed
+    book."""
+    def memory(backbone, xt, attend, start):
+        # phi is None for guidance's copy without a prompt
+        def predict(xt, t, phi, at):
+            return backbone(xt, attend, at, phi), phi
         return predict, phi
     return memory
 
 
+# --------------------------------------------------------------------------------------------------
+# 4. Exposure bias.
+
 @torch.no_grad()
 def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
-    """How much worse is the model on its own trajectory than on ground truth? Lists over `steps` mask ratios 1, 1 - 1/S, ...
+    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
+    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
 
-    sequential: CE on what is still masked after denoising down to this ratio with its own, surest tokens.
-    static: CE with equally many random positions masked, the rest ground truth (published ratio = sequential / static).
-    clean: CE at the sequential run's positions, the rest ground truth: free of the selection effect (ours).
-    The response must stand at the end of every row. Losses are means over all masked tokens of the batch."""
-    mask_id, n = backbone.cfg.mask_id, (~given).sum(1)                      # (B,)
-    start = int(given.all(0).long().cumprod(0).sum())
-    predict, state = memory(backbone, x0.masked_fill(~given, mask_id), attend, start)
-    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device).masked_fill(given, 2.0)
-    xt, rows = x0.masked_fill(~given, mask_id), []
+    sequential: still masked after denoising down to this ratio with its own, surest tokens.
+    static: equally many random positions masked, the rest ground truth; the paper's ratio is
+        sequential / static.
+    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
+    (ours). All three start from the memory that the sequential run has left. The response must
+    stand at the end of every row."""
+    mask_id = backbone.cfg.mask_id
+    n = (~given).sum(1)                                                                 # (B,)
+    xt = x0.masked_fill(~given, mask_id)
+    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
+    u = u.to(x0.device).masked_fill(given, 2.0)
+    predict, state = memory(backbone, xt, attend, answer_start(given))
+    rows = []
 
-    def loss(xt, masked):
-        logits, _ = predict(xt, masked.sum(1) / n, state, masked)
-        return F.cross_entropy(logits.float(), x0[masked]).item(), logits
+    def measure(xt, masked):
+        logits, new_state = predict(xt, masked.sum(1) / n, state, masked)
+        return F.cross_entropy(logits.float(), x0[masked]).item(), logits, new_state
     for step in range(steps):
         masked = (xt == mask_id) & ~given
-        sequential, logits = loss(xt, masked)
-        random_mask = u.argsort(1).argsort(1) < masked.sum(1, keepdim=True)  # as many, at random
-        static, _ = loss(x0.masked_fill(random_mask, mask_id), random_mask)
-        clean, _ = loss(x0.masked_fill(masked, mask_id), masked)
-        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static, clean=clean,
-                         published_ratio=sequential / static, clean_ratio=sequential / clean))
+        at_random = smallest(u, masked.sum(1))
+        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
+        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
+        sequential, logits, state = measure(xt, masked)
+        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
+                         clean=clean, published_ratio=sequential / static,
+                         clean_ratio=sequential / clean))
         p, token = logits.float().softmax(-1).max(-1)
-        confidence = torch.full(xt.shape, -1.0, device=xt.device).masked_scatter(masked, p)
-        keep = (n * (1 - (step + 1) / steps)).round().long()                # masks left after this step
-        reveal = masked & (confidence.argsort(1, descending=True).argsort(1) < (masked.sum(1) - keep)[:, None])
+        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
+        masks_left = (n * (1 - (step + 1) / steps)).round()
+        reveal = smallest(unsure, masked.sum(1) - masks_left)
         xt = torch.where(reveal, torch.zeros_like(xt).masked_scatter(masked, token), xt)
     return rows

@@ -1,93 +1,124 @@
-"""MetaState: memory in activations. A fixed-size bank of slots persists across denoising steps of a frozen backbone.
+"""MetaState: memory in activations. A fixed-size bank of slots persists across the denoising steps
+of a frozen backbone.
 
-Paper: MetaState (arXiv 2603.01331); of its body only the abstracts (v1, v2) could be read here, so the details are ours.
-Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it had worked out is computed
-again ("Information Island"). MetaState lets every step read what the last one wrote: the Injector adds the slots to the
-activations, the backbone runs, the Mixer reads the activations, the Updater merges what was read into the slots. On the tiny
-model this is one hop of reasoning more with every step (task `resolve`; README, Results).
-Equations (ours): s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; K-step unrolled loss -> loss_unrolled
-Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width, N chosen positions, H heads
-Read as (the abstracts leave it open; measured effects are in the README):
-- Order in a step: inject s_{k-1}, run the backbone, read, update. The first step injects the learned s_0.
-- Where: inject before `inject_layers`, read after `read_layer`. Layers below the first injection never get a gradient.
-- The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone, bit for bit.
-- Positions: a sinusoidal code of the offset from the start of the answer is added to the Mixer's keys and the Injector's
-  queries; each slot has a learned place to read at and one to write at, at first spread over prompt and answer. At the embedding
-  all masks look the same, so without a code nothing is learned; with places on the answer alone hardly anything either: what a
-  second pass needs is what the first one worked out about the prompt.
-- Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms of all modules.
-Controls: memory = "reset" (slots put back to s_0 at every step: same modules, no persistence) and "feedback" (an MLP on all
-activations of the previous step, no bottleneck: an upper bound).
+Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, and what a later paper says of its
+training loss; its body, its hyper-parameters and its code could NOT be read. "Published" below
+marks what these sources fix. Everything else is our decision, to be checked against the PDF.
+Published: the frozen backbone, the Mixer, Updater and Injector and what each of them does, a shared
+time conditioner, K-step unrolling over the whole trajectory and its loss (loss_unrolled).
+Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it
+had worked out is computed again (the "Information Island"). MetaState lets every step read what the
+last one wrote: the Injector adds the slots to the activations, the backbone runs, the Mixer reads
+the activations, the Updater merges what was read into the slots. On the tiny model this is one hop
+of reasoning more with every step (task `resolve`; README).
+Equations: s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; the unrolled loss -> loss_unrolled
+Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width,
+        N chosen positions, H heads, K denoising steps
+Decided here (measured effects are in the README):
+- Order in a step: inject s_{k-1}, run the backbone, read, update. The first step injects a learned
+  s_0.
+- Where: inject before `inject_layers`, read after `read_layer`. Layers below the first injection
+  never get a gradient.
+- The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone,
+  bit for bit.
+- Positions: a sinusoidal code of the offset from the start of the answer is added to the Mixer's
+  keys and the Injector's queries; each slot has a learned place to read at and one to write at, at
+  first spread over prompt and answer. At the embedding all masks look the same, so without a code
+  nothing is learned; with places on the answer alone hardly anything either: what a second pass
+  needs is what the first one worked out about the prompt.
+- Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
+  of all modules.
+- How unequal the steps of an unrolled trajectory are (draw_reveals): this is what decides.
+Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
 import dataclasses
 import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import corrupt, load_backbone, open_shard, option, read_json, save_tensors, write_atomically
+from backbone import (answer_start, config_from_dict, load_backbone, open_shard, option, read_json,
+                      save_tensors, smallest, validate, write_json)
 
 
 @dataclass
 class MetaStateConfig:
-    """Defaults: the tiny preset. At LLaDA-8B and Dream-7B `for_backbone` gives 0.6 % trainable parameters."""
+    """Defaults: the tiny preset. `for_backbone` gives those of a real one."""
     num_slots: int = option(32, "M, memory slots", low=1)
-    slot_dim: int = option(64, "S; also the width of the attention", low=2)
+    slot_dim: int = option(64, "S, width of a slot and of the attention", low=2)
     slot_heads: int = option(4, "H, attention heads", low=1)
     cond_dim: int = option(64, "C, width of the time conditioner", low=2)
-    span: int = option(64, "tokens before the answer over which the slots' places are spread at the "
-                       "start", low=1)
+    span: int = option(64, "tokens before the answer over which the slots' places are spread at "
+                           "the start", low=1)
     inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
-                                  "the head", low=0, nargs="+")
+                                        "the head", low=0, nargs="+")
     read_layer: int = option(-1, "read after this layer; -1 = the last one")
     unroll: int = option(4, "K, denoising steps per training update", low=1)
-    memory: str = option("slots", "slots | reset | feedback", choices=["slots", "reset", "feedback"])
+    balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
+                                 "the tokens that the step reveals", low=0, high=1)
+    concentration: float = option(0.3, "of the Dirichlet that shares the tokens out to the K steps: "
+                                       "small = most tokens in one step, after passes over an "
+                                       "unchanged canvas; large = equal shares", low=0.01)
+    memory: str = option("slots", "slots, or a control: reset, feedback",
+                         choices=["slots", "reset", "feedback"])
 
     def check(self, n_layers):
-        """ValueError for what cannot be built on a backbone of n_layers layers."""
-        if self.slot_dim % self.slot_heads:
-            raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of slot_heads={self.slot_heads}")
-        if self.slot_dim // self.slot_heads % 2 or self.cond_dim % 2:
-            raise ValueError(f"slot_dim / slot_heads = {self.slot_dim // self.slot_heads} and cond_dim={self.cond_dim} must "
+        """Validate for a backbone of n_layers layers. Returns the layers to inject before and the
+        one to read after; ValueError for what cannot be built."""
+        validate(self)
+        head_dim, left = divmod(self.slot_dim, self.slot_heads)
+        if left:
+            raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of "
+                             f"slot_heads={self.slot_heads}")
+        if head_dim % 2 or self.cond_dim % 2:
+            raise ValueError(f"slot_dim / slot_heads = {head_dim} and cond_dim={self.cond_dim} must "
                              f"be even: their codes are pairs of sine and cosine")
-        if min(self.num_slots, self.unroll, self.span) < 1:
-            raise ValueError(f"num_slots={self.num_slots}, unroll={self.unroll} and span={self.span} must be at least 1")
         layers = sorted(set(self.inject_layers))
-        if not layers or not 0 <= layers[0] <= layers[-1] <= n_layers or not -n_layers <= self.read_layer < n_layers:
-            raise ValueError(f"inject_layers={self.inject_layers}, read_layer={self.read_layer}: the backbone has layers "
-                             f"0..{n_layers - 1} (inject at {n_layers}: before the head)")
-        if self.memory not in ("slots", "reset", "feedback"):
-            raise ValueError(f"unknown memory {self.memory!r}: slots, reset, feedback")
-        return layers, self.read_layer % n_layers
+        where = f"inject_layers={self.inject_layers}, read_layer={self.read_layer}"
+        if not layers or layers[-1] > n_layers or not -n_layers <= self.read_layer < n_layers:
+            raise ValueError(f"{where}: the backbone has layers 0..{n_layers - 1} "
+                             f"(inject at {n_layers}: before the head)")
+        read_layer = self.read_layer % n_layers
+        if read_layer + 1 < layers[0]:
+            raise ValueError(f"{where}: the slots are read before they are first injected; read at "
+                             f"or after the first injection")
+        return layers, read_layer
 
 
-def for_backbone(cfg):
-    """The configuration for a backbone: the tiny preset's as above; for a real one slots of width 1,024 (0.6 % of LLaDA-8B),
-    injected in the middle, where activations know their positions and half the layers are left to use what comes in."""
-    if cfg.family == "tiny":
+def for_backbone(config):
+    """The settings for a backbone: the tiny preset's as above; for a real one slots of width 1,024
+    (0.6 % of LLaDA-8B), injected in the middle, where activations know their positions and half of
+    the layers are left to use what comes in."""
+    if config.family == "tiny":
         return MetaStateConfig()
     return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
-                           inject_layers=(cfg.n_layers // 2,))
+                           inject_layers=(config.n_layers // 2,))
 
+
+# --------------------------------------------------------------------------------------------------
+# 1. The modules.
 
 def sinusoid(x, dim, longest):
-    """x (...) real numbers -> (..., dim): pairs of sine and cosine with wavelengths from 4 to 4 * longest. Two codes agree (dot
-    product dim / 2) where their numbers do, and the less the farther apart they are."""
-    freq = math.pi / 2 * longest ** (-torch.arange(dim // 2, device=x.device) / (dim // 2))
-    angles = x[..., None].float() * freq
+    """x (...) real numbers -> (..., dim): pairs of sine and cosine with wavelengths from 4 to
+    4 * longest. The dot product of two codes is dim / 2 where their numbers agree, and falls with
+    their distance."""
+    frequency = math.pi / 2 * longest ** (-torch.arange(dim // 2, device=x.device) / (dim // 2))
+    angles = x[..., None].float() * frequency
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-def linear(d_in, d_out):
-    """nn.Linear with unit gain: its default init shrinks a signal by 0.58, and six of them lie between reading and injecting."""
+def linear(d_in, d_out, zero=False):
+    """nn.Linear with unit gain: the default initialisation shrinks a signal by 0.58, and six of
+    them lie between reading and injecting. zero: starts as the zero map."""
     layer = nn.Linear(d_in, d_out)
-    nn.init.normal_(layer.weight, 0, d_in ** -0.5), nn.init.zeros_(layer.bias)
+    nn.init.normal_(layer.weight, 0, 0.0 if zero else d_in ** -0.5)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -96,225 +127,346 @@ class TimeConditioner(nn.Module):
     def __init__(self, cond_dim):
         super().__init__()
         self.cond_dim = cond_dim
-        self.mlp = nn.Sequential(nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim), nn.SiLU())
+        self.mlp = nn.Sequential(nn.Linear(cond_dim, cond_dim), nn.SiLU(),
+                                 nn.Linear(cond_dim, cond_dim), nn.SiLU())
 
-    def forward(self, t):                                                   # (B,); 1000 t: the usual scale of time features
+    def forward(self, t):                                                   # (B,)
+        # 1000 t: the usual scale of time features
         return self.mlp(sinusoid(1000 * t, self.cond_dim, longest=10000))
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose scale and shift come from c(t); zero-initialised, so it starts as a plain RMSNorm."""
+    """x / rms(x) * (1 + scale(c)) + shift(c), with scale = shift = 0 at the start."""
     def __init__(self, dim, cond_dim):
         super().__init__()
-        self.dim, self.scale_shift = dim, nn.Linear(cond_dim, 2 * dim)
-        nn.init.zeros_(self.scale_shift.weight), nn.init.zeros_(self.scale_shift.bias)
+        self.dim = dim
+        self.scale_shift = linear(cond_dim, 2 * dim, zero=True)
 
     def forward(self, x, c):                                                # (B, n, dim), (B, C)
         scale, shift = self.scale_shift(c)[:, None].chunk(2, dim=-1)        # (B, 1, dim)
         return F.rms_norm(x, (self.dim,), eps=1e-5) * (1 + scale) + shift
 
 
-def attention(q, k, v, heads, attend=None):
-    """(B, Q, S), (B, n, S), (B, n, S) -> (B, Q, S) and the weights (B, H, Q, n). Q or n is the number of slots, so this is
-    linear in L. attend (B, n) bool hides padding."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.mT / math.sqrt(q.shape[-1])                              # (B, H, Q, n)
-    if attend is not None:
-        scores = scores.masked_fill(~attend[:, None, None], -torch.inf)
+def attention(q, k, v, heads, visible=None):
+    """(B, Q, S), (B, n, S), (B, n, S) -> (B, Q, S) and the weights (B, H, Q, n). Q or n is the
+    number of slots, so the cost is linear in L. visible (B, n) bool hides padding."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, H, _, d)
+    # softmax(q k^T / sqrt(d)) v
+    scores = q @ k.mT / math.sqrt(q.shape[-1])                                      # (B, H, Q, n)
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     weights = scores.softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
 class Mixer(nn.Module):
     """Reads: slots are the queries, the backbone's activations the keys and values."""
-    def __init__(self, D, cfg):
+    def __init__(self, D, settings):
         super().__init__()
-        S, self.heads = cfg.slot_dim, cfg.slot_heads
-        self.norm_slots, self.norm_h = AdaRMSNorm(S, cfg.cond_dim), AdaRMSNorm(D, cfg.cond_dim)
-        self.q, self.k, self.v, self.o = linear(S, S), linear(D, S), linear(D, S), linear(S, S)
+        S = settings.slot_dim
+        self.heads = settings.slot_heads
+        self.norm_slots = AdaRMSNorm(S, settings.cond_dim)
+        self.norm_h = AdaRMSNorm(D, settings.cond_dim)
+        self.q = linear(S, S)
+        self.k = linear(D, S)
+        self.v = linear(D, S)
+        self.o = linear(S, S)
 
-    def forward(self, slots, h, c, own, place, attend):                     # (B, M, S), (B, L, D), (B, C), (M, S), (1, L, S)
+    def forward(self, slots, h, c, read_at, place, visible):
+        """slots (B, M, S), h (B, L, D), c (B, C), read_at (M, S), place (1, L, S), visible (B, L)
+        -> what was read (B, M, S), the weights (B, H, M, L)."""
         h = self.norm_h(h, c)
-        read, weights = attention(self.q(self.norm_slots(slots, c)) + own, self.k(h) + place, self.v(h), self.heads, attend)
-        return self.o(read), weights                                        # (B, M, S), (B, H, M, L)
+        q = self.q(self.norm_slots(slots, c)) + read_at                     # (B, M, S)
+        k = self.k(h) + place                                               # (B, L, S)
+        read, weights = attention(q, k, self.v(h), self.heads, visible)
+        return self.o(read), weights
 
 
 class Updater(nn.Module):
-    """Merges: a GRU cell per slot, what was read is its input, the old slot its hidden state (torch.nn.GRUCell's gates)."""
-    def __init__(self, cfg):
+    """Merges: a GRU cell per slot. What was read is its input, the old slot its hidden state."""
+    def __init__(self, settings):
         super().__init__()
-        S = cfg.slot_dim
-        self.norm_read = AdaRMSNorm(S, cfg.cond_dim)
-        self.x, self.s = linear(S, 3 * S), linear(S, 3 * S)                 # gates r, z and candidate n, in GRUCell's order
-        nn.init.constant_(self.x.bias[S:2 * S], -1.0)                       # z = 0.27: at first mostly what was just read
+        S = settings.slot_dim
+        self.norm_read = AdaRMSNorm(S, settings.cond_dim)
+        # gates r and z and the candidate n, in the order of torch.nn.GRUCell
+        self.x = linear(S, 3 * S)
+        self.s = linear(S, 3 * S)
+        # z = 0.27: at first a slot keeps mostly what was just read
+        nn.init.constant_(self.x.bias[S:2 * S], -1.0)
 
-    def gates(self, read, slots):
-        (xr, xz, xn), (sr, sz, sn) = self.x(read).chunk(3, -1), self.s(slots).chunk(3, -1)
-        r, z = torch.sigmoid(xr + sr), torch.sigmoid(xz + sz)
-        n = torch.tanh(xn + r * sn)
+    def gates(self, read, slots):                                           # (B, M, S) twice
+        x_r, x_z, x_n = self.x(read).chunk(3, -1)
+        s_r, s_z, s_n = self.s(slots).chunk(3, -1)
+        # r = sigma(W_r x + U_r s)
+        r = torch.sigmoid(x_r + s_r)
+        # z = sigma(W_z x + U_z s)
+        z = torch.sigmoid(x_z + s_z)
+        # n = tanh(W_n x + r * U_n s)
+        n = torch.tanh(x_n + r * s_n)
+        # s' = (1 - z) * n + z * s
         return (1 - z) * n + z * slots
 
-    def forward(self, read, slots, c):                                      # (B, M, S), (B, M, S), (B, C)
+    def forward(self, read, slots, c):                          # (B, M, S), (B, M, S), (B, C)
         return self.gates(self.norm_read(read, c), slots)
 
 
 class Injector(nn.Module):
-    """Writes back: activations are the queries, slots the keys and values; the result is added to the activations."""
-    def __init__(self, D, cfg):
+    """Writes back: activations are the queries, slots the keys and values; the result is added."""
+    def __init__(self, D, settings):
         super().__init__()
-        S, self.heads = cfg.slot_dim, cfg.slot_heads
-        self.norm_slots, self.norm_h = AdaRMSNorm(S, cfg.cond_dim), AdaRMSNorm(D, cfg.cond_dim)
-        self.q, self.k, self.v, self.o = linear(D, S), linear(S, S), linear(S, S), linear(S, D)
-        nn.init.zeros_(self.o.weight), nn.init.zeros_(self.o.bias)
+        S = settings.slot_dim
+        self.heads = settings.slot_heads
+        self.norm_slots = AdaRMSNorm(S, settings.cond_dim)
+        self.norm_h = AdaRMSNorm(D, settings.cond_dim)
+        self.q = linear(D, S)
+        self.k = linear(S, S)
+        self.v = linear(S, S)
+        self.o = linear(S, D, zero=True)
 
-    def forward(self, h, slots, c, own, place):                             # (B, L, D), (B, M, S), (B, C), (M, S), (1, L, S)
+    def forward(self, h, slots, c, write_at, place):
+        """h (B, L, D), slots (B, M, S), c (B, C), write_at (M, S), place (1, L, S) -> (B, L, D)."""
         slots = self.norm_slots(slots, c)
-        return self.o(attention(self.q(self.norm_h(h, c)) + place, self.k(slots) + own, self.v(slots), self.heads)[0])
+        q = self.q(self.norm_h(h, c)) + place                               # (B, L, S)
+        k = self.k(slots) + write_at                                        # (B, M, S)
+        written, _ = attention(q, k, self.v(slots), self.heads)
+        return self.o(written)
 
 
-class Feedback(nn.Module):
-    """Control, an upper bound: all activations of the previous step through an MLP, at every position, no bottleneck."""
-    def __init__(self, D, cfg):
-        super().__init__()
-        self.norm, self.up, self.o = AdaRMSNorm(D, cfg.cond_dim), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-        nn.init.zeros_(self.o.weight), nn.init.zeros_(self.o.bias)
-
-    def forward(self, h, previous, c, own, place):                          # (B, L, D) twice; h, own and place are not used
-        return self.o(F.silu(self.up(self.norm(previous, c))))
-
+# --------------------------------------------------------------------------------------------------
+# 2. One denoising step with memory.
 
 class MetaState(nn.Module):
-    """The trainable part, fp32 whatever the backbone's dtype. Holds parameters only: slots go in and come out."""
-    def __init__(self, backbone_cfg, cfg):
+    """The trainable part, fp32 whatever the backbone's dtype. It holds parameters only: slots go in
+    and come out."""
+    def __init__(self, backbone_config, settings):
         super().__init__()
-        self.cfg, (self.inject_layers, self.read_layer) = cfg, cfg.check(backbone_cfg.n_layers)
-        D = backbone_cfg.d_model
-        self.time = TimeConditioner(cfg.cond_dim)
-        if cfg.memory == "feedback":
-            self.injectors = nn.ModuleList(Feedback(D, cfg) for _ in self.inject_layers)
-        else:
-            self.s0 = nn.Parameter(0.02 * torch.randn(cfg.num_slots, cfg.slot_dim))
-            # at the start the slots' places are spread evenly over the end of the prompt and the start of the answer; all learned
-            at = torch.linspace(-cfg.span, cfg.span / 8, cfg.num_slots)
-            self.read_at, self.write_at = nn.Parameter(self.place_code(at)), nn.Parameter(self.place_code(at))  # (M, S)
-            self.mixer, self.updater = Mixer(D, cfg), Updater(cfg)
-            self.injectors = nn.ModuleList(Injector(D, cfg) for _ in self.inject_layers)
+        self.settings = settings
+        self.inject_layers, self.read_layer = settings.check(backbone_config.n_layers)
+        self.time = TimeConditioner(settings.cond_dim)
+        self.build(backbone_config.d_model, settings)
+
+    def build(self, D, settings):
+        M = settings.num_slots
+        self.s0 = nn.Parameter(0.02 * torch.randn(M, settings.slot_dim))
+        # at the start the places are spread evenly over the end of the prompt and the first of the
+        # answer
+        offsets = torch.linspace(-settings.span, settings.span / 8, M)
+        self.read_at = nn.Parameter(self.place_code(offsets))               # (M, S)
+        self.write_at = nn.Parameter(self.place_code(offsets))              # (M, S)
+        self.mixer = Mixer(D, settings)
+        self.updater = Updater(settings)
+        self.injectors = nn.ModuleList(Injector(D, settings) for _ in self.inject_layers)
 
     def place_code(self, offset):
-        """The place `offset` tokens from the start of the answer, the same code for each head: (...) -> (..., S).
+        """The place `offset` tokens from the start of the answer, the same code for each head:
+        (...) -> (..., S), in units of the distance between two slots. The factor 3 lets a slot
+        start out looking at about one place."""
+        heads = self.settings.slot_heads
+        unit = self.settings.span / self.settings.num_slots
+        code = sinusoid(offset / unit, self.settings.slot_dim // heads, longest=64)
+        return 3 * code.tile(heads)
 
-        In units of the distance between two slots; the factor 3 lets a slot start out looking at about one place."""
-        unit = self.cfg.span / self.cfg.num_slots
-        return 3 * sinusoid(offset / unit, self.cfg.slot_dim // self.cfg.slot_heads, longest=64).tile(self.cfg.slot_heads)
+    def step(self, backbone, ctx, xt, t, slots, at, start, phi=None):
+        """One denoising step: s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}).
 
-    def step(self, backbone, ctx, xt, t, slots, at, start, phi={}):
-        """One denoising step with memory. xt (B, L); t (B,); slots (B, M, S) or None for s_0; at (B, L) where logits are wanted;
-        start: index of the first answer token; phi: MemDLM's fast weights, when both memories are used.
-        Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
-        c, weights, last = self.time(t), None, backbone.cfg.n_layers
-        place = self.place_code(torch.arange(xt.shape[1], device=xt.device)[None] - start)                     # (1, L, S)
-        attend = ctx.attend                                               # (B, L)
-        fresh = slots is None or self.cfg.memory == "reset"
-        old = self.s0.expand(len(xt), -1, -1) if fresh and self.cfg.memory != "feedback" else slots
-        with torch.no_grad():                                               # the same for every memory: no gradient needed
+        xt (B, L); t (B,) actual mask ratio; slots (B, M, S), None for s_0; at (B, L) where logits
+        are wanted; start: index of the first answer token; phi: MemDLM's fast weights, to use both
+        memories. Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
+        c = self.time(t)
+        offset = torch.arange(xt.shape[1], device=xt.device)[None] - start
+        place = self.place_code(offset)                                     # (1, L, S)
+        slots = self.carry(slots, len(xt))
+        # below the first injection nothing depends on the slots: no gradient needed
+        with torch.no_grad():
             h = backbone.run(backbone.embed(xt), ctx, 0, self.inject_layers[0], phi)
-        for i in range(self.inject_layers[0], last + 1):
-            # inject what the previous step left
-            if i in self.inject_layers and old is not None:
-                injector = self.injectors[self.inject_layers.index(i)]
-                h = h + injector(h.float(), old, c, getattr(self, "write_at", None), place).to(h.dtype)
-            # read and update
+        old = slots
+        weights = None
+        for i in range(self.inject_layers[0], backbone.cfg.n_layers + 1):
+            if i in self.inject_layers:
+                h = self.inject(self.injectors[self.inject_layers.index(i)], h, old, c, place)
             if i == self.read_layer + 1:
-                if self.cfg.memory == "feedback":
-                    slots = h.float()
-                else:
-                    read, weights = self.mixer(old, h.float(), c, self.read_at, place, attend)
-                    slots = self.updater(read, old, c)
-            # a frozen layer: gradients pass through it to the Injector, its weights get none
-            h = backbone.run(h, ctx, i, min(i + 1, last), phi)
-        logits = backbone.head(h, ctx, at)
-        return logits, slots, weights
+                slots, weights = self.read(h, old, c, place, ctx.attend)
+            if i < backbone.cfg.n_layers:
+                # a frozen layer: gradients pass through it to the Injector, its weights get none
+                h = backbone.run(h, ctx, i, i + 1, phi)
+        return backbone.head(h, ctx, at), slots, weights
+
+    def carry(self, slots, batch):
+        """What the step starts from: the slots of the last one, s_0 at the first."""
+        return self.s0.expand(batch, -1, -1) if slots is None else slots
+
+    def inject(self, injector, h, slots, c, place):
+        return h + injector(h.float(), slots, c, self.write_at, place).to(h.dtype)
+
+    def read(self, h, slots, c, place, visible):
+        read, weights = self.mixer(slots, h.float(), c, self.read_at, place, visible)
+        return self.updater(read, slots, c), weights
 
     def memory(self, under=None):
-        """The `memory` argument of sample.generate. Slots start at s_0 and run on through all blocks. Guidance's copy without a
-        prompt is called with state None: it starts from s_0 at every step and never carries the prompt's slots.
+        """The `memory` argument of sample.generate. Slots start at s_0 and run on through all
+        blocks. Guidance's copy without a prompt is called with state None: it starts from s_0 at
+        every step and never carries the prompt's slots.
 
-        under: a memory whose state is phi (memdlm.prompt_memory), for both memories at once. The state is (slots, phi, weights);
-        weights (B, H, M, L) is what the Mixer looked at, for display."""
+        under: a memory whose state is phi (memdlm.prompt_memory), for both memories at once. The
+        state is (slots, phi, weights); weights (B, H, M, L) is what the Mixer looked at, for
+        display."""
         def memory(backbone, xt, attend, start):
-            phi = under(backbone, xt, attend, start)[1] if under else {}
+            phi = under(backbone, xt, attend, start)[1] if under else None
 
             def predict(xt, t, state, at):
-                slots, phi, _ = state or (None, {}, None)
-                logits, slots, weights = self.step(backbone, backbone.context(xt, attend), xt, t, slots, at, start, phi)
+                slots, phi, _ = state or (None, None, None)
+                ctx = backbone.context(xt, attend)
+                logits, slots, weights = self.step(backbone, ctx, xt, t, slots, at, start, phi)
                 return logits, (slots, phi, weights)
             return predict, (None, phi, None)
         return memory
 
 
-ARMS = {"slots": "metastate", "reset": "reset", "feedback": "feedback"}     # MetaStateConfig.memory -> the arm's name in tables
+# --------------------------------------------------------------------------------------------------
+# 3. K-step unrolling.
+
+def draw_reveals(n, settings, seed):
+    """How many of the n[b] masked tokens each of the K steps reveals: (B, K), rows sum to n.
+    Published: Dirichlet-multinomial. Its concentration is ours; below 1 most draws reveal nearly
+    everything in one step, so that the steps before it see an unchanged canvas, where only memory
+    can help."""
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet([settings.concentration] * settings.unroll, len(n))           # (B, K)
+    return torch.from_numpy(rng.multinomial(n.cpu().numpy(), share)).to(n.device)
 
 
-def loss_unrolled(model, backbone, x0, given, attend, t, stay, steps, first_loss, u, n_rows):
-    """The K-step unrolled loss. x0, given, attend, u (B, L); t (B,) the first state's mask ratio; stay (B,) bool: rows whose
-    canvas does not change; steps = K; first_loss: the first step that bears loss; n_rows: of the whole batch, all micro-batches
-    and ranks. Answers stand at the end of the rows.
+def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
+    """The K-step unrolled loss, published form: sum over k of w_k [lambda dense_k + (1 - lambda)
+    reveal_k].
 
-    Gradients reach the modules through all K steps: through the slots, and through the frozen layers above the injection."""
-    mask_id, ctx = backbone.cfg.mask_id, backbone.context(x0, attend)
-    start = int(given.all(0).long().cumprod(0).sum())
-    # 1. The first state, M_1; at least one token of each row is masked, so that every row has a trajectory
+    The steps partition the trajectory from all masked to nothing masked. x0, given, attend, u (B,
+    L);
+    u: random numbers, tokens are revealed in the order of u with their true values; reveals (B, K);
+    n_rows: of the whole batch, all micro-batches and ranks. Answers stand at the end of the rows.
+    Gradients reach the modules through all K steps: through the slots, and through the frozen
+    layers above the injection."""
+    balance = model.settings.balance
+    ctx = backbone.context(x0, attend)
+    start = answer_start(given)
     u = u.masked_fill(given, 2.0)
-    xt, masked = corrupt(x0, torch.maximum(t, u.min(1).values + 1e-6), given, mask_id, u)
-    slots, loss = None, 0.0                                                 # None = s_0
-    for k in range(steps):
-        # 2. One denoising step with memory
+    n = (~given).sum(1)                                                     # (B,) N_m
+    slots = None                                                            # s_0
+    clean = given                                                           # (B, L) revealed so far
+    loss = 0.0
+    for k in range(reveals.shape[1]):
+        # 1. One denoising step with memory
+        masked = ~clean
         count = masked.sum(1)
-        logits, slots, _ = model.step(backbone, ctx, xt, count / (~given).sum(1), slots, masked, start)
-        # 3. Its loss: mean over a row's masked tokens, mean over rows, mean over the steps that bear loss
-        if k >= first_loss:
-            ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")
-            loss = loss + (ce / count[masked.nonzero()[:, 0]]).sum() / n_rows / (steps - first_loss)
-        # 4. The next state: reveal the surest masked token, as the sampler will, with its true value: M_{k+1} inside M_k
-        p = logits.detach().float().softmax(-1).max(-1).values              # (N,)
-        confidence = torch.full(xt.shape, -1.0, device=xt.device).masked_scatter(masked, p)
-        reveal = F.one_hot(confidence.argmax(1), xt.shape[1]).bool()
-        reveal &= (~stay & (count > 1))[:, None]                            # the last mask stays: every state has a loss
-        xt, masked = torch.where(reveal, x0, xt), masked & ~reveal
+        xt = x0.masked_fill(masked, backbone.cfg.mask_id)
+        logits, slots, _ = model.step(backbone, ctx, xt, count / n, slots, masked, start)
+        # 2. The tokens that this step reveals
+        n_k = reveals[:, k]
+        clean = given | smallest(u, reveals[:, :k + 1].sum(1))
+        revealed = masked & clean
+        # 3. w_k = n_k / N_m;  dense_k: mean CE over all masked tokens;  reveal_k: mean over the
+        # revealed
+        dense = (n_k / n / count.clamp(min=1))[:, None]                     # (B, 1)
+        weight = balance * dense + (1 - balance) * revealed / n[:, None]    # (B, L)
+        ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")  # (N,)
+        loss = loss + (ce * weight[masked]).sum() / n_rows
     return loss
 
 
-def save(model, folder, base, mark):
-    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and its fingerprint, `mark`."""
+# --------------------------------------------------------------------------------------------------
+# 4. Controls: what is taken away, or given without limit. Each changes one of carry, inject and
+# read.
+
+class Reset(MetaState):
+    """No persistence: the same modules, the slots put back to s_0 at every step."""
+    def carry(self, slots, batch):
+        return super().carry(None, batch)
+
+
+class Feedback(MetaState):
+    """No bottleneck: all activations of the previous step, through an MLP, at every position. An
+    upper bound for the slots, and the idea of Loopholing (arXiv 2510.19304)."""
+    def build(self, D, settings):
+        self.injectors = nn.ModuleList(FeedbackMLP(D, settings) for _ in self.inject_layers)
+
+    def carry(self, slots, batch):
+        return slots
+
+    def inject(self, injector, h, slots, c, place):
+        return h if slots is None else h + injector(slots, c).to(h.dtype)
+
+    def read(self, h, slots, c, place, visible):
+        return h.float(), None
+
+
+class FeedbackMLP(nn.Module):
+    def __init__(self, D, settings):
+        super().__init__()
+        self.norm = AdaRMSNorm(D, settings.cond_dim)
+        self.up = nn.Linear(D, 4 * D)
+        self.o = linear(4 * D, D, zero=True)
+
+    def forward(self, previous, c):                                         # (B, L, D), (B, C)
+        return self.o(F.silu(self.up(self.norm(previous, c))))
+
+
+# settings.memory -> the class, and the arm's name in tables
+KINDS = {"slots": MetaState, "reset": Reset, "feedback": Feedback}
+ARMS = {"slots": "metastate", "reset": "reset", "feedback": "feedback"}
+
+
+def build(backbone_config, settings):
+    """The MetaState, or the control, that the settings name."""
+    return KINDS[settings.memory](backbone_config, settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Checkpoints.
+
+def save(model, folder, backbone_name, print_of_backbone):
+    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and
+    holds its fingerprint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")
-    config = dict(backbone=str(base), fingerprint=mark, config=asdict(model.cfg))
-    write_atomically(folder / "metastate.json", lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+    entries = dict(backbone=str(backbone_name), fingerprint=print_of_backbone,
+                   config=dataclasses.asdict(model.settings))
+    write_json(folder / "metastate.json", entries)
 
 
 def load(folder, device=None, dtype=None):
-    """Returns model, its backbone, and the backbone's name. ValueError if the backbone is not the one it was trained on."""
+    """Returns the model, its backbone, and the backbone's name. ValueError if the backbone is not
+    the one it was trained on, or if the files do not fit each other."""
     folder = Path(folder)
-    config = read_json(folder / "metastate.json")
+    where = folder / "metastate.json"
+    entries = read_json(where)
+    for key, kind in (("backbone", str), ("fingerprint", str), ("config", dict)):
+        if not isinstance(entries, dict) or not isinstance(entries.get(key), kind):
+            raise ValueError(f"{where}: the entry {key!r} is missing or is no {kind.__name__}")
+    name = entries["backbone"]
     try:
-        backbone = load_backbone(config["backbone"], device, dtype).requires_grad_(False)
+        backbone = load_backbone(name, device, dtype).requires_grad_(False)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e} (the backbone named in {folder}/metastate.json; a relative path counts from here)") from None
-    if fingerprint(backbone) != config["fingerprint"]:
-        raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the one now at "
-                         f"{config['backbone']}")
-    model = MetaState(backbone.cfg, MetaStateConfig(**config["config"]))
-    shard, own = open_shard(folder / "metastate.safetensors"), dict(model.named_parameters())
-    if set(shard.keys()) != own.keys() or any(shard.get_slice(k).get_shape() != list(p.shape) for k, p in own.items()):
+        raise FileNotFoundError(f"{e} (the backbone named in {where}; a relative path counts from "
+                                f"the current folder)") from None
+    if fingerprint(backbone) != entries["fingerprint"]:
+        raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the "
+                         f"one now at {name}")
+    settings = config_from_dict(MetaStateConfig, entries["config"], where)
+    model = build(backbone.cfg, settings)
+    parameters = dict(model.named_parameters())
+    shard = open_shard(folder / "metastate.safetensors")
+    shapes = {key: shard.get_slice(key).get_shape() for key in shard.keys()}
+    if shapes != {key: list(p.shape) for key, p in parameters.items()}:
         raise ValueError(f"{folder}/metastate.safetensors does not fit its metastate.json")
-    model.load_state_dict({k: shard.get_tensor(k) for k in own})
-    return model.to(backbone.device).eval(), backbone, config["backbone"]
+    model.load_state_dict({key: shard.get_tensor(key) for key in parameters})
+    return model.to(backbone.device).eval(), backbone, name
 
 
 def fingerprint(backbone):
     """A short hash of the configuration, the dtype and the first weights of every tensor."""
-    digest = hashlib.sha256(repr((dataclasses.replace(backbone.cfg, chat=False), backbone.dtype)).encode())
+    about = (dataclasses.replace(backbone.cfg, chat=False), backbone.dtype)
+    digest = hashlib.sha256(repr(about).encode())
     for name, p in backbone.named_parameters():
-        digest.update(name.encode() + p.detach().flatten()[:16].float().cpu().numpy().tobytes())
+        first = p.detach().flatten()[:16].float().cpu()
+        digest.update(name.encode() + first.numpy().tobytes())
     return digest.hexdigest()[:16]
