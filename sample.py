@@ -1,7 +1,10 @@
 """The denoising loop: from a canvas of masks to text, and what each step throws away.
 
 Papers: LLaDA (arXiv 2502.09992, low-confidence remasking, blocks, guidance), Dream (2508.15487, its four orders),
-Fast-dLLM (2505.22618, confidence threshold). Token for token the official samplers; test_all.py holds ten-line references.
+Fast-dLLM (2505.22618, confidence threshold). Token for token the official samplers in fp32; test_all.py holds ten-line
+references. Three differences: with noise and steps > gen_length the official loop goes on drawing random numbers after a block
+is full, this one goes on to the next block; Dream in bf16 (see dream_token); a [MASK] written in a prompt is never filled in.
+In bf16 a row alone and the same row padded in a batch may differ, as in the official code: its kernels round differently.
 Idea: predict all masked tokens at once, commit the few one is surest of, repeat. What a step knew beyond the committed
 tokens is lost before the next one; the two memories are two ways to keep it. So the loop takes the memory as an argument:
 `memory(backbone, xt, attend, start) -> predict, state` is called once, `predict(xt, t, state, at) -> logits, state` every step.
@@ -68,23 +71,23 @@ def generate(backbone, prompts, *, gen_length, steps, block_length, temperature=
     xt = torch.cat([prompts.to(device), torch.full((B, gen_length), mask_id, device=device)], dim=1)
     if attend is not None:
         attend = torch.cat([attend.to(device).bool(), torch.ones(B, gen_length, dtype=torch.bool, device=device)], dim=1)
-    fixed = xt != mask_id                                                   # (B, L); padding counts as fixed
     position = torch.arange(xt.shape[1], device=device)
     predict, state = memory(backbone, xt, attend, start)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     blocks = gen_length // block_length
     for block in range(blocks):
         end = start + (block + 1) * block_length
-        quota = split_evenly(((xt == mask_id) & (position >= end - block_length) & (position < end)).sum(1), steps // blocks)
+        masked = (xt == mask_id) & (position >= start) & (position < end)   # a [MASK] in a prompt is text, not a place to fill
+        quota = split_evenly((masked & (position >= end - block_length)).sum(1), steps // blocks)
         # with a threshold: as many passes as there are masks, since each pass commits at least one
-        for step in range(steps // blocks if threshold is None else int(((xt == mask_id) & (position < end)).sum(1).max())):
-            at = (xt == mask_id) & (position < end) & ~done[:, None]        # (B, L) may be chosen now
+        for step in range(steps // blocks if threshold is None else int(masked.sum(1).max())):
+            at = (xt == mask_id) & (position >= start) & (position < end) & ~done[:, None]  # (B, L) may be chosen now
             if not at.any():
                 break
             t = (xt[:, start:] == mask_id).float().mean(1)                  # (B,) the actual mask ratio
             logits, state = predict(xt, t, state, at)                       # (N, V)
             if cfg > 0:                                                     # the same canvas without its prompt, no memory of it
-                free, _ = predict(xt.masked_fill(fixed, mask_id), t, None, at)
+                free, _ = predict(xt.masked_fill(position < start, mask_id), t, None, at)
                 logits = free + (cfg + 1) * (logits - free)
             if eos == "forbid":
                 logits[:, backbone.cfg.eos_id] = -torch.inf
@@ -107,20 +110,29 @@ def split_evenly(n, steps):
     return n[:, None] // steps + (torch.arange(steps, device=n.device) < n[:, None] % steps)
 
 
+def float64(x):
+    """In double precision; on the CPU where the device has none (Apple's MPS)."""
+    return (x.cpu() if x.is_mps else x).double()
+
+
 def choose_llada(logits, at, quota, threshold, temperature, remasking, last):
     """Which positions to commit (B, L) bool, and a token for each (B, L)."""
     # Gumbel-max: argmax of exp(logits) / (-ln U)^T. float64 because float32 noise distorts the draw (arXiv 2409.02908).
     scores = logits
     if temperature > 0:                                                     # drawn for the whole canvas, as the official code
-        u = torch.rand(*at.shape, logits.shape[-1], dtype=torch.float64, device=None if at.is_mps else at.device)
-        scores = logits.to(u).exp() / (-torch.log(u[at.to(u.device)])) ** temperature
+        scores = float64(logits).exp()
+        u = torch.rand(*at.shape, logits.shape[-1], dtype=torch.float64, device=scores.device)
+        scores = scores / (-torch.log(u[at.to(u.device)])) ** temperature
     token = scores.argmax(-1).to(at.device)                                 # (N,)
     if remasking == "random":
         confidence = torch.rand(at.shape, device=at.device)
     else:
         ranked = logits.clone() if last else logits
         ranked[:, last] = -torch.inf                                        # chosen stop tokens keep their place, at confidence 0
-        p = ranked.softmax(-1).gather(1, token[:, None])[:, 0]              # in the logits' own dtype, as the official code
+        if threshold is not None:
+            ranked = float64(ranked)                                        # as Fast-dLLM: a bf16 0.9 may stand for 0.89837
+        # without a threshold in the logits' own dtype, as LLaDA's official code
+        p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0].to(at.device)
         confidence = torch.zeros(at.shape, dtype=p.dtype, device=at.device).masked_scatter(at, p)
     confidence = confidence.masked_fill(~at, -torch.inf)                    # (B, L)
     new = torch.zeros_like(at)
@@ -165,10 +177,14 @@ def choose_dream(logits, at, step, steps, order, temperature, top_p, top_k, alg_
 
 
 def dream_token(logits, temperature, top_p, top_k):
-    """A token per row and the distribution it came from; top_p and top_k reshape the confidence even at temperature 0."""
+    """A token per row (N,) and the distribution it came from (N, V), in the logits' own dtype. top_p and top_k reshape the
+    confidence even at temperature 0.
+
+    Differs: the draw is from an fp32 softmax. In bf16 the probabilities need not sum to 1, torch's Categorical refuses them, and
+    the official loop swallows that error and takes the likeliest token at every position of the step. In fp32 nothing differs."""
     lowest = torch.finfo(logits.dtype).min
     if temperature > 0:
-        logits = logits / temperature
+        logits = (logits / temperature).clamp(lowest, -lowest)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) > top_p
@@ -177,7 +193,10 @@ def dream_token(logits, temperature, top_p, top_k):
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], lowest)
     probs = logits.softmax(-1)
-    return (torch.distributions.Categorical(probs=probs).sample() if temperature > 0 else probs.argmax(-1)), probs
+    if temperature > 0:
+        drawn = torch.distributions.Categorical(probs=logits.float().softmax(-1), validate_args=False).sample()
+        return drawn, probs
+    return probs.argmax(-1), probs
 
 
 def finish_rows(xt, start, cfg):
