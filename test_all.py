@@ -462,7 +462,7 @@ def test_schedules_equal_the_published_vectors():
     def dream(N, S):                                                        # tokens committed at each step by Dream's fp32 schedule
         at, counts = torch.ones(1, N, dtype=torch.bool), []
         for step in range(S):
-            new, _ = sample.choose_dream(torch.randn(int(at.sum()), 5), at, step, S, "entropy", 0.0, None, None, None)
+            new, _ = sample.choose_dream(torch.randn(int(at.sum()), 5), at, step, sample.Decoding(steps=S, remasking="entropy"))
             counts.append(int(new.sum()))
             at = at & ~new
             if not at.any():
@@ -520,14 +520,14 @@ def test_eos_last_takes_stop_tokens_out_of_the_ranking(model):
     logits, at = torch.randn(6, 40), torch.ones(1, 6, dtype=torch.bool)
     logits[2, model.cfg.eos_id] = 50.0                                      # by far the surest
     for last, first in (([], True), ([model.cfg.eos_id], False)):
-        new, token = sample.choose_llada(logits, at, torch.tensor([1]), None, 0.0, "low_confidence", last)
+        new, token = sample.choose_llada(logits, at, torch.tensor([1]), sample.Decoding(remasking="low_confidence"), last)
         assert bool(new[0, 2]) == first and token[0, 2] == model.cfg.eos_id
 
 
 def test_bad_sampler_settings_are_refused_with_advice(model):
     prompt, good = torch.randint(3, 40, (1, 5)), dict(gen_length=8, steps=8, block_length=8)
-    for bad, message in ((dict(block_length=3), "not a multiple"), (dict(block_length=4, steps=3), "multiple of 2"), (dict(remasking="best"), "unknown remasking"),
-                         (dict(eos="never"), "unknown eos"), (dict(gen_length=5000, block_length=5000), "limit"), (dict(remasking="entropy", block_length=4), "one block")):
+    for bad, message in ((dict(block_length=3), "not a multiple"), (dict(block_length=4, steps=3), "multiple of 2"), (dict(remasking="best"), "remasking must be one of"),
+                         (dict(eos="never"), "eos must be one of"), (dict(gen_length=5000, block_length=5000), "limit"), (dict(remasking="entropy", block_length=4), "one block")):
         with pytest.raises(ValueError, match=message):
             sample.generate(model, prompt, **{**good, **bad})
     with pytest.raises(ValueError, match="at least one token"):
