@@ -6,15 +6,15 @@ Each task below is a miniature with the same structure; its docstring says what 
 Idea: the haystack is filler, the needles are facts "key = value ." between its sentences, the
 question comes last with the asked key right before the answer. Distractor needles are mandatory:
 without them "copy every value you see" scores 100 %.
-Scoring: RULER's recall = mean over the reference strings of [reference is a substring of the output,
-case-folded]; BABILong's (stories) = the target is the only label in the output's first sentence, as
-in its own code (the harness that MemDLM used takes any output that holds the target). Beside it
-exact match, which is stricter: order and number count too.
-Held out: training and evaluation draw from different seeds. In all tasks but stories and common they
-also draw from disjoint sets of pairs: a "key = value" of the evaluation never occurs in training, so
-a right answer was read from the prompt, not remembered.
-Left out: essays as filler, 7-digit numbers and UUIDs (closed vocabulary), RULER's one-shot examples.
-Run: python niah.py --checkpoint runs/memdlm  (tasks x lengths, memory off and on; depth grid; JSONL)
+Scoring: RULER's recall = mean over the references of [reference is a substring of the output, upper
+and lower case alike]. BABILong's (stories) = the target is the only place that the output's first
+sentence names, as in its own code; the harness that MemDLM used takes any output that holds the
+target. Beside it exact match, which is stricter: order and number count too.
+Held out: training and evaluation draw from different seeds. In all tasks but stories and common
+they also draw from disjoint sets of pairs: a "key = value" of the evaluation never occurs in
+training, so a right answer was read from the prompt, not remembered.
+Left out: essays as filler, 7-digit numbers, UUIDs (closed vocabulary), RULER's one-shot examples.
+Run: python niah.py --checkpoint runs/memdlm  (tasks x lengths, memory off and on; depth grid; rows)
 """
 import json
 import math
@@ -51,7 +51,7 @@ FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
 
 
 def vocabulary():
-    """Word -> id, 139 entries. A word outside it is an error that names the word, never an [UNK]."""
+    """Word -> id, 139 entries. A word outside it is an error that names it, never an [UNK]."""
     words = (SPECIALS + FUNCTION_WORDS + KEYS + VALUES + PEOPLE + PLACES + OBJECTS
              + FILLER_NOUNS + FILLER_ADJECTIVES)
     return {word: i for i, word in enumerate(words)}
@@ -64,7 +64,8 @@ def tiny_tokenizer():
     words = Tokenizer(models.WordLevel(vocabulary(), unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pad, mask, eos = SPECIALS
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask, eos_token=eos)
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask,
+                                   eos_token=eos)
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Sample:
 
 @lru_cache(maxsize=None)
 def for_evaluation(first, second):
-    """A fixed fifth of all pairs of words: in evaluation texts only, all others in training only."""
+    """A fixed fifth of all pairs of words: they occur in evaluation texts, the others in training."""
     return random.Random(f"{first} {second}").random() < 0.2
 
 
@@ -92,8 +93,8 @@ def pick(rng, words, used, split, after=None):
     """A word not in `used`; with `after`, one whose pair (after, word) belongs to the split."""
     for _ in range(300):
         word = rng.choice(words)
-        right_split = after is None or for_evaluation(after, word) == (split == "eval")
-        if word not in used and right_split:
+        allowed = after is None or for_evaluation(after, word) == (split == "eval")
+        if allowed and word not in used:
             used.add(word)
             return word
     # rare; make_samples draws another text
@@ -101,10 +102,8 @@ def pick(rng, words, used, split, after=None):
 
 
 def filler(rng, n):
-    """n sentences "the sky is blue ." in which a noun keeps its adjective throughout the text.
-
-    Drawn anew for each text, so that the haystack has a structure of its own to learn, unlike random
-    words and unlike RULER's five fixed sentences."""
+    """n sentences "the sky is blue ." in which a noun keeps its adjective throughout a text: there
+    is a structure to learn, unlike in random words and in RULER's five fixed sentences."""
     adjective = {noun: rng.choice(FILLER_ADJECTIVES) for noun in FILLER_NOUNS}
     return [f"the {noun} is {adjective[noun]} ." for noun in rng.choices(FILLER_NOUNS, k=n)]
 
@@ -134,7 +133,7 @@ def count_words(text):
 # 2. Tasks. Each takes (rng, length, split, count) and returns a Sample.
 
 def needles(task, rng, length, split, count, n_keys, n_values):
-    """One key with n_values values is asked for, among n_keys - 1 distractors with one value each."""
+    """One key with n_values values is asked for, among n_keys - 1 distractors with one each."""
     keys = set()
     values = set()
     asked = pick(rng, KEYS, keys, split)
@@ -169,7 +168,7 @@ def multivalue(*args):
 
 
 def chains(task, rng, length, split, count, hops, shuffled, direct=False):
-    """Two chains "a = 47 . b = a . c = b ."; which names hold 47, or (direct) what the last holds."""
+    """Two chains "a = 47 . b = a .": which names hold 47, or (direct) what does the last hold?"""
     used = set()
     values = set()
     pair = []
@@ -203,15 +202,15 @@ def tracking(*args):
 
 
 def tracking4(*args):
-    """Variable tracking with RULER's 4 hops. Differs as tracking does, and the lines are shuffled, so
-    that no reading order helps."""
+    """Variable tracking with RULER's 4 hops. Differs as tracking does, and the lines are shuffled,
+    so that no reading order helps."""
     return chains("tracking4", *args, hops=4, shuffled=True)
 
 
 def resolve(rng, length, split, count):
     """Variable tracking the other way round, answered at once: "? c is" asks for the value c holds,
-    0 to 4 hops up its chain. No name on the way may be written down, so what one pass has worked out
-    is lost to the next, unless there is a memory."""
+    0 to 4 hops up its chain. No name on the way may be written down, so what one pass has worked
+    out is lost to the next, unless there is a memory."""
     hops = rng.randint(0, 4)
     return chains("resolve", rng, length, split, count, hops=hops, shuffled=True, direct=True)
 
@@ -233,12 +232,10 @@ def common(rng, length, split, count):
 
 
 def stories(rng, length, split, count):
-    """BABILong qa2, two supporting facts: people take objects and move; where is the object?
-
-    Kept: the latest fact wins, an object moves with its holder, facts keep their order between filler
-    sentences, a wrong place beside the right one scores nothing. Left out: putting objects down. The
-    answer names the holder, then the place (the place alone was not learned in minutes); only the
-    place is scored. Chance: a guesser who names one of the places in the text."""
+    """BABILong qa2, two supporting facts: people take objects and move; where is the object? Kept:
+    the latest fact wins, an object moves with its holder, facts keep their order between filler
+    sentences. Left out: putting objects down. The answer names the holder, then the place (the
+    place alone was not learned in minutes); only the place is scored. Chance: one of its places."""
     place, holder, facts = {}, {}, []
     while len(facts) < 8:
         who = rng.choice(PEOPLE)
@@ -279,26 +276,24 @@ def make_samples(tasks, length, n, seed, split="train", count=count_words):
 # --------------------------------------------------------------------------------------------------
 # 3. From texts to ids, and from answers to scores.
 
-# answer tokens of the tiny model: five names and the end of text
-BUDGET = 6
+BUDGET = 6              # answer tokens of the tiny model: five names and the end of text
 INTRO = ("Answer the question after the question mark from the facts hidden in this text, "
          "with the bare words.\n")
 
 
 def answer_budget(tokenizer):
-    """Room for the longest answer, five names, and the end of text. RULER fixes a budget per task."""
+    """Tokens for the longest answer, five names, and the end of text. RULER has one per task."""
     longest = sorted(KEYS, key=lambda name: len(encode(tokenizer, f" {name}")))[-5:]
     return len(encode(tokenizer, " ".join(longest))) + 1
 
 
 def token_counter(tokenizer, config):
-    """How long is a text, in tokens of this model. The tiny tokenizer splits at spaces: counting them
-    is the same, and faster."""
+    """How long is a text, in tokens of this model. For the tiny one counting spaces is faster."""
     return count_words if config.family == "tiny" else lambda text: len(encode(tokenizer, text))
 
 
 def encode_sample(tokenizer, config, sample):
-    """The ids of a sample's prompt, with an introduction for a model that does not know the tasks."""
+    """A prompt's ids (L,), with an introduction for a model that was not trained on the tasks."""
     intro = "" if config.family == "tiny" else INTRO
     return torch.tensor(encode_prompt(tokenizer, config, intro + sample.prompt))
 
@@ -306,16 +301,16 @@ def encode_sample(tokenizer, config, sample):
 def encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length):
     """n evaluation samples and their prompts (1-D id tensors). ValueError if one is too long."""
     config = backbone.cfg
-    samples, prompts = [], []
-    longest = length
-    # a nominal length that cannot fit is refused before texts of that length are made
-    if length + gen_length <= config.max_len:
-        samples = make_samples(tasks, length, n, seed, "eval", token_counter(tokenizer, config))
-        prompts = [encode_sample(tokenizer, config, sample) for sample in samples]
-        longest = max(len(prompt) for prompt in prompts)
-    if longest + gen_length > config.max_len:
-        raise ValueError(f"--lengths {length}: a prompt of {longest} tokens + {gen_length} for the "
-                         f"answer exceeds the model's limit of {config.max_len}: use shorter texts")
+
+    def check(tokens):
+        if tokens + gen_length > config.max_len:
+            raise ValueError(f"--lengths {length}: a prompt of {tokens} tokens + {gen_length} for "
+                             f"the answer exceeds the model's limit of {config.max_len}")
+    # first the nominal length, before a text of that length is made
+    check(length)
+    samples = make_samples(tasks, length, n, seed, "eval", token_counter(tokenizer, config))
+    prompts = [encode_sample(tokenizer, config, sample) for sample in samples]
+    check(max(len(prompt) for prompt in prompts))
     return samples, prompts
 
 
@@ -327,8 +322,8 @@ def batches(samples, prompts, length):
 
 
 def with_answers(backbone, tokenizer, samples, prompts, gen_length):
-    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text, attend (n, L),
-    and the place where the answers start."""
+    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
+    the place where the answers start."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
     answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
     for row, sample in zip(answers, samples):
@@ -339,12 +334,12 @@ def with_answers(backbone, tokenizer, samples, prompts, gen_length):
 
 
 def recall(refs, output):
-    """RULER's string_match_all: the share of references that are substrings, upper and lower alike."""
+    """RULER's string_match_all: the share of references that are substrings of the output."""
     return sum(ref.lower() in output.lower() for ref in refs) / len(refs)
 
 
 def labels_in(text):
-    """The places that a text names, the labels of BABILong's task."""
+    """The places that a text names: BABILong's labels."""
     return [place for place in PLACES if place in text.lower()]
 
 
@@ -371,15 +366,16 @@ def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_l
              steps=None, **columns):
     """Decode with every arm, in LLaDA's settings for these tasks: one block, temperature 0.
 
-    steps: a list of numbers of denoising steps, by default one step per answer token. Returns rows
-    {task, length, steps, arm, depth, output, recall, exact, ...}, one a sample, and appends them to
-    the JSONL file `out` as they come. ValueError, before anything is decoded: a text is too long."""
+    steps: numbers of denoising steps, by default one per answer token. Returns rows {task, length,
+    steps, arm, depth, output, recall, exact, ...}, one a sample, and appends them to the JSONL file
+    `out` as they come. ValueError, before anything is decoded, where a text is too long."""
     config = backbone.cfg
     gen_length = gen_length or answer_budget(tokenizer)
     steps = steps or [gen_length]
     cells = {}
     for length, task in product(sorted(lengths, reverse=True), tasks):
-        cells[task, length] = encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
+        cells[task, length] = encoded_samples(backbone, tokenizer, [task], length, n, seed,
+                                              gen_length)
     rows = []
     total = len(cells) * len(arms) * len(steps) * n
     with tqdm(total=total, desc="niah", unit="sample", leave=False) as bar:
@@ -397,11 +393,9 @@ def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_l
 
 @torch.no_grad()
 def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=None, gen_length=None):
-    """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the same,
-    fully masked answer, then all tokens committed at once. A frozen model computes the same logits
-    every time; with slots a pass can use the last one.
-
-    Returns rows as evaluate does, steps = the number of passes."""
+    """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the
+    same, fully masked answer, then all tokens committed at once. A frozen model computes the same
+    logits every time; with slots a pass can use the last one. Rows as evaluate's, steps = pass."""
     config = backbone.cfg
     gen_length = gen_length or answer_budget(tokenizer)
     cells = {task: encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
@@ -412,14 +406,14 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
             steps = repeat(backbone, tokenizer, arms[arm], samples, prompts, passes, gen_length)
             for number, (logits, _) in enumerate(steps, 1):
                 new = [scored(sample, ids, tokenizer, config, arm=arm, steps=number, seed=seed)
-                       for sample, ids in zip(samples, logits.argmax(-1))]
+                       for sample, ids in zip(samples, logits.argmax(-1).view(-1, gen_length))]
                 append_jsonl(out, new)
                 rows += new
     return rows
 
 
 def repeat(backbone, tokenizer, memory, samples, prompts, passes, gen_length):
-    """Passes over one fully masked batch; yields logits (n, gen_length, V) and the memory's state."""
+    """Passes over fully masked answers; yields logits (n gen_length, V) and the memory's state."""
     x0, attend, start = with_answers(backbone, tokenizer, samples, prompts, gen_length)
     xt = x0.clone()
     xt[:, start:] = backbone.cfg.mask_id
@@ -427,15 +421,15 @@ def repeat(backbone, tokenizer, memory, samples, prompts, passes, gen_length):
     predict, state = memory(backbone, xt, attend, start)
     for _ in range(passes):
         logits, state = predict(xt, torch.ones(len(xt), device=xt.device), state, at)
-        yield logits if logits is None else logits.view(len(xt), gen_length, -1), state
+        yield logits, state
 
 
 @torch.no_grad()
 def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None):
     """What do the slots hold? A linear read-out of resolve's answer from the slots after each pass.
 
-    Ridge regression onto the values, fitted on 4 n texts, scored on n others, in float64 on the CPU.
-    Returns rows {arm, hops, steps, recall}, one a text and pass."""
+    Ridge regression onto the values, fitted on 4 n texts, scored on n others. Returns rows {arm,
+    hops, steps, recall}, one a text and pass."""
     gen_length = gen_length or answer_budget(tokenizer)
     samples, prompts = encoded_samples(backbone, tokenizer, ["resolve"], length, 5 * n, seed,
                                        gen_length)
@@ -443,6 +437,7 @@ def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None)
     slots = []
     for batch in batches(samples, prompts, length):
         steps = repeat(backbone, tokenizer, memory, *batch, passes, gen_length)
+        # to the CPU first: Apple's MPS has no float64
         slots.append(torch.stack([state[0].flatten(1).cpu().double() for _, state in steps]))
     rows = []
     for number, x in enumerate(torch.cat(slots, dim=1), 1):                 # (5 n, M S)
@@ -461,13 +456,11 @@ def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None)
     encoded = encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
     x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
     given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
-    lines = [f"{'exposure bias':<14}{'mask ratio':>11}{'sequential':>12}{'static':>9}{'clean':>9}"
-             f"{'seq/static':>12}{'seq/clean':>11}"]
+    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
+    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
     for arm, memory in arms.items():
         for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
-            lines.append(f"{arm:<14}{r['mask_ratio']:>11.2f}{r['sequential']:>12.3f}"
-                         f"{r['static']:>9.3f}{r['clean']:>9.3f}"
-                         f"{r['published_ratio']:>12.2f}{r['clean_ratio']:>11.2f}")
+            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
     return "\n".join(lines)
 
 
@@ -491,17 +484,16 @@ def table(rows, metric="recall", by="length"):
     columns = sorted({r[by] for r in rows})
     head = f"{metric + ' by ' + by:<18}{'arm':<9}" + "".join(f"{c:>14}" for c in columns)
     lines = [head + ("      chance" if metric == "recall" else "")]
-    cells = {}
+    groups = {}
     for r in rows:
-        cells.setdefault((r["task"], r["arm"]), {}).setdefault(r[by], []).append(r)
-    for task, arm in product(*(dict.fromkeys(r[k] for r in rows) for k in ("task", "arm"))):
+        groups.setdefault((r["task"], r["arm"]), []).append(r)
+    for (task, arm), group in groups.items():
         line = f"{task:<18}{arm:<9}"
         for c in columns:
-            mean, half = interval([r[metric] for r in cells[task, arm][c]])
+            mean, half = interval([r[metric] for r in group if r[by] == c])
             line += f"{100 * mean:>8.1f} ±{100 * half:>4.1f}"
         if metric == "recall":
-            first = cells[task, arm][columns[0]]
-            line += f"{100 * sum(r['chance'] for r in first) / len(first):>12.1f}"
+            line += f"{100 * sum(r['chance'] for r in group) / len(group):>12.1f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -538,33 +530,31 @@ def grid(rows, arm, down, across, colour):
 class Evaluation:
     """What to measure: the flags of the command line."""
     checkpoint: str = option(None, "a folder written by train.py, a hub name, or an adapter folder")
-    tasks: list = option(tuple(TASKS), f"{', '.join(TASKS)}", choices=tuple(TASKS))
-    lengths: tuple = option((64, 128, 256), "context lengths in tokens; the tiny model is trained up "
-                            "to 64", low=1)
-    n: int = option(100, "samples per cell", low=1)
+    tasks: list = option(tuple(TASKS), "tasks", choices=tuple(TASKS))
+    lengths: tuple = option((64, 128, 256), "context lengths in tokens; tiny is trained to 64", 1)
+    n: int = option(100, "samples per cell", 1)
     seed: int = option(1, "seed of the evaluation texts")
-    gen_length: int = option(None, "answer tokens (default: enough for the longest answer)", low=1)
-    steps: tuple = option(None, "denoising steps (default: one per answer token); several: a table "
-                          "by steps", low=1)
-    passes: int = option(None, "instead: recall after 1..PASSES passes over an unchanged, fully "
-                         "masked answer", low=1)
-    exposure: bool = option(False, "instead: exposure bias per denoising step, published and clean")
-    probe: bool = option(False, "instead: can resolve's answer be read from MetaState's slots after "
-                         "each pass?")
+    gen_length: int = option(None, "answer tokens (default: enough for the longest answer)", 1)
+    steps: tuple = option(None, "denoising steps (default: one per answer token)", 1)
+    passes: int = option(None, "instead: recall after 1..PASSES passes over masked answers", 1)
+    exposure: bool = option(False, "instead: exposure bias per step, published and clean ratio")
+    probe: bool = option(False, "instead: can resolve's answer be read from MetaState's slots?")
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
     metric: str = option("recall", "recall: RULER's and BABILong's; exact: order and number count",
                          choices=("recall", "exact"))
-    out: str = option(None, "JSONL of every sample's output (default: niah.jsonl, with --passes "
-                      "passes.jsonl, in CHECKPOINT; for a hub name here)")
+    out: str = option(None, "file of all rows (default: niah.jsonl or passes.jsonl in CHECKPOINT)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
+
+    @property
+    def by_steps(self):
+        return bool(self.passes) or len(self.steps or []) > 1
 
 
 def check_before_loading(how):
-    """ValueError or OSError for what can be told without the model; returns the file for the rows."""
+    """What can be told without the model: ValueError or OSError; returns the file for the rows."""
     if how.checkpoint is None:
         raise ValueError("--checkpoint is needed")
-    instead = how.passes or how.exposure or how.probe
-    if (instead or len(how.steps or []) > 1) and len(how.lengths) > 1:
+    if (how.by_steps or how.exposure or how.probe) and len(how.lengths) > 1:
         raise ValueError("--passes, --exposure, --probe and several --steps need one length, "
                          "for example --lengths 64")
     name = "passes.jsonl" if how.passes else "niah.jsonl"
@@ -581,47 +571,39 @@ def check_before_loading(how):
 
 
 def main():
-    parser = ArgumentParser(
-        description="Needle-in-a-haystack accuracy, memory off and on, on the same samples.")
+    parser = ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on.")
     add_flags(parser, Evaluation)
     how = from_flags(Evaluation, parser.parse_args())
     out = check_before_loading(how)
-    colour = sys.stdout.isatty()
     backbone, tokenizer, arms = load_arms(how.checkpoint, how.device)
-    unknown = set(how.arms or []) - set(arms)
+    chosen = ["metastate"] if how.probe else how.arms or list(arms)
+    unknown = ", ".join(arm for arm in chosen if arm not in arms)
     if unknown:
-        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, "
-                         f"not {', '.join(sorted(unknown))}")
-    arms = {arm: arms[arm] for arm in how.arms or arms}
+        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {unknown}")
+    arms = {arm: arms[arm] for arm in chosen}
     model = (backbone, tokenizer)
     length = how.lengths[0]
+    colour = sys.stdout.isatty()
     if how.exposure:
         print(exposure(*model, arms, how.tasks, length, how.n, how.seed, how.gen_length))
-    elif how.probe:
-        if "metastate" not in arms:
-            raise ValueError("--probe reads MetaState's slots; "
-                             f"this checkpoint has the arms {', '.join(arms)}")
+        return
+    if how.probe:
         rows = probe(*model, arms["metastate"], length, how.n, how.seed, how.passes or BUDGET,
                      how.gen_length)
         print(grid(rows, "probe", "hops", "steps", colour))
-    elif how.passes:
+        return
+    if how.passes:
         rows = recompute(*model, arms, how.tasks, length, how.n, how.seed, how.passes, out,
                          how.gen_length)
-        report(rows, how, arms, out, colour)
     else:
         rows = evaluate(*model, arms, how.tasks, how.lengths, how.n, how.seed, out, how.gen_length,
                         how.steps, checkpoint=how.checkpoint)
-        report(rows, how, arms, out, colour)
-
-
-def report(rows, how, arms, out, colour):
-    """The table, and a grid for each arm: needles by depth and length, or resolve by hops and steps."""
-    by_steps = how.passes or len(how.steps or []) > 1
-    tasks = ("resolve",) if by_steps else ("single", "multikey")
-    down, across = ("hops", "steps") if by_steps else ("depth", "length")
+    # the table; below it, for each arm, resolve by hops and steps, or needles by depth and length
+    down, across = ("hops", "steps") if how.by_steps else ("depth", "length")
     print(table(rows, how.metric, across))
+    tasks = ("resolve",) if how.by_steps else ("single", "multikey")
     some = [r for r in rows if r["task"] in tasks]
-    for arm in arms if some else []:
+    for arm in arms if some else ():
         print("\n" + grid(some, arm, down, across, colour))
     print(f"\n{how.n} samples a cell, ± half the 95 % interval over texts; every output: {out}")
 

@@ -10,10 +10,10 @@ import niah
 
 
 def read_rows(files, metric, by, tasks):
-    """{(task, line): {column: {(training seed, text): value}}}; each row also counts for task "all".
+    """{(task, line): {column: {(training seed, text): value}}}.
 
-    A line's name is that of the run's folder, without "-seedN", and the arm. ValueError names file
-    and line of what niah.py did not write."""
+    Each row also counts for the task "all". A line's name is that of the run's folder, without
+    "-seedN", and the arm. ValueError names file and line of what niah.py did not write."""
     groups = {}
     for file in files:
         name, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", Path(file).parent.name).groups()
@@ -38,10 +38,11 @@ def read_rows(files, metric, by, tasks):
 def mean_and_interval(cell, draws=2000):
     """{(training seed, text): value} -> mean, and half the 95 % interval over both levels.
 
-    A bootstrap (percentiles, fixed seed) that draws training seeds and, within each task, texts with
-    replacement; every seed has seen the same texts, so a drawn text counts for all seeds. With one
-    seed it is over texts alone. Never narrower than Wilson's interval where all values are alike:
-    then a resampled mean cannot move, although the next text might. With one text: None."""
+    A bootstrap (percentiles, fixed seed) that draws training seeds and, within each task, texts,
+    with replacement; every seed has seen the same texts, so a drawn text counts for all seeds. With
+    one seed it is over texts alone; three seeds still say little about a fourth. Never narrower than
+    Wilson's interval where all values are alike: then a resampled mean cannot move, although the
+    next text might. With one text: None."""
     seeds = {seed: i for i, seed in enumerate(sorted({s for s, _ in cell}, key=str))}
     texts = {text: i for i, text in enumerate(sorted({t for _, t in cell}))}
     values = np.zeros((len(seeds), len(texts)))
