@@ -38,6 +38,26 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
+def add_flags(parser, cls):
+    """One flag for every field of a dataclass made of backbone.option."""
+    for f in dataclasses.fields(cls):
+        text = f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            continue
+        if f.default is not None:
+            text += f" (default: {f.default})"
+        kind = {list: str, tuple: int}.get(f.type, f.type)
+        many = dict(nargs="+", metavar=f.name.upper()) if f.type in (list, tuple) else {}
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text,
+                            choices=f.metadata["choices"], **many)
+
+
+def from_flags(cls, args):
+    """The dataclass with what the command line says, each value checked."""
+    return validate(cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}), "--")
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Settings: what a field may be stands beside it; flags and entries of files are checked alike.
 
@@ -82,7 +102,7 @@ class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
     family: str = option("tiny", "names of tensors, tokenizer, chat format",
                          choices=["tiny", "llada", "dream", "llada_moe"])
-    vocab_size: int = option(139, "V, unused rows included; 139: niah.vocabulary()", 2, 10**7)
+    vocab_size: int = option(138, "V, unused rows included; 138: niah.vocabulary()", 2, 10**7)
     d_model: int = option(64, "D", 1, 10**6)
     n_layers: int = option(3, "number of blocks", 1, 10**4)
     n_heads: int = option(2, "H; two heads of 32 learn key-value lookup in minutes, four of 16 do "

@@ -19,10 +19,11 @@ Run: python niah.py --checkpoint runs/memdlm  (tasks x lengths, memory off and o
 import json
 import math
 import random
+import re
 import sys
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -30,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbone import cli, encode, encode_prompt, option
-from memdlm import exposure_bias
-from sample import add_flags, cut, from_flags, generate, left_pad, load_arms
+from backbone import LowRank, add_flags, cli, encode, encode_prompt, from_flags, option
+from memdlm import adapt_to_prompt, exposure_bias, written
+from sample import cut, generate, inner_loop_settings, left_pad, load_arms
 
 # --------------------------------------------------------------------------------------------------
 # 0. The closed vocabulary: every text of the tiny model is made of these words.
@@ -47,11 +48,11 @@ PLACES = "bathroom bedroom hallway kitchen office cellar".split()
 OBJECTS = "apple football milk".split()
 FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
 FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
-FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
+FUNCTION_WORDS = "the is . = ? moved took where common list".split()
 
 
 def vocabulary():
-    """Word -> id, 139 entries. A word outside it is an error that names it, never an [UNK]."""
+    """Word -> id, 138 entries. A word outside it is an error that names it, never an [UNK]."""
     words = (SPECIALS + FUNCTION_WORDS + KEYS + VALUES + PEOPLE + PLACES + OBJECTS
              + FILLER_NOUNS + FILLER_ADJECTIVES)
     return {word: i for i, word in enumerate(words)}
@@ -78,6 +79,15 @@ class Sample:
     depth: float = 0.0   # where the asked needle lies: 0 = first sentence, 1 = last
     hops: int = 0        # facts to go through before the one that holds the answer
     length: int = 0      # nominal context length
+
+    @property
+    def context(self):
+        """What the closed book writes into the weights and then hides."""
+        return self.prompt[:self.prompt.rindex("?")].strip()
+
+    @property
+    def question(self):
+        return self.prompt[self.prompt.rindex("?"):]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,17 +267,34 @@ def stories(rng, length, split, count):
     return Sample("stories", text, f"{who} {place[who]}", [place[who]], chance, depth, 1, length)
 
 
+def facts(rng, length, split, count, n=None):
+    """For the closed book: n keys with one value each (default: 1 to 8), one is asked for."""
+    return needles("facts", rng, length, split, count, n_keys=n or rng.randint(1, 8), n_values=1)
+
+
+def ask(sample, questions, rng):
+    """The same text with several of its facts asked for, one a sample, each at most once more often
+    than another."""
+    found = re.findall(r"(\w+) = (\w+) \.", sample.context)
+    rng.shuffle(found)
+    asked = (found * questions)[:questions]
+    return [replace(sample, prompt=f"{sample.context} ? {key} =", answer=value, refs=[value])
+            for key, value in asked]
+
+
 TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, resolve, common,
                                  stories)}
 
 
 def make_samples(tasks, length, n, seed, split="train", count=count_words):
-    """n samples, tasks drawn at random; equal arguments, equal samples. split: train or eval."""
+    """n samples, tasks drawn at random; equal arguments, equal samples. split: train or eval.
+    tasks: names in TASKS, or functions."""
     rng = random.Random(f"{split} {seed}")
     samples = []
     while len(samples) < n:
+        task = rng.choice(tasks)
         try:
-            samples.append(TASKS[rng.choice(tasks)](rng, length, split, count))
+            samples.append(TASKS.get(task, task)(rng, length, split, count))
         except LookupError:
             continue
     return samples
@@ -465,7 +492,102 @@ def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None)
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Tables.
+# 5. The closed book: the prompt is written into fast weights and then hidden.
+
+CLOSED_ARMS = {
+    "none": "no phi: the question alone",
+    "blind": "phi of the text, written before the question is known",
+    "phi": "phi of the whole prompt, question included, as in the paper's inference",
+    "other": "control: phi of another text",
+    "random": "control: random factors of equal norm",
+    "flipped": "control: every step with the wrong sign",
+    "uncovered": "control: the asked value is in view while writing, but never a target",
+    "open": "the prompt in view, no phi: what attention alone can do",
+    "open+phi": "the prompt in view, and phi"}
+
+
+def write_texts(backbone, tokenizer, samples, arm, inner):
+    """The fast weights that an arm of the closed book answers with, a row for each sample."""
+    if arm in ("none", "open"):
+        return None
+    whole = arm in ("phi", "open+phi")
+    texts = [sample.prompt if whole else sample.context for sample in samples]
+    pad_id = backbone.cfg.pad_id
+    ids, attend = left_pad([encode(tokenizer, text) for text in texts], pad_id, backbone.device)
+    targets = attend
+    if arm == "uncovered":
+        answers = [encode(tokenizer, sample.answer) for sample in samples]
+        answers, _ = left_pad(answers, pad_id, backbone.device)
+        targets = attend & ~(ids[:, :, None] == answers[:, None]).any(-1)
+    if arm == "flipped":
+        inner = replace(inner, inner_lr=-inner.inner_lr)
+    phi = adapt_to_prompt(backbone, ids, attend, targets, inner)
+    if arm == "other":
+        phi = {name: LowRank(w.A.roll(1, 0), w.B.roll(1, 0), w.scale) for name, w in phi.items()}
+    if arm == "random":
+        phi = {name: LowRank(like(w.A), like(w.B), w.scale) for name, w in phi.items()}
+    return phi
+
+
+def like(x):
+    """Gaussian noise with the norm of each row of x (B, ...)."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    dims = tuple(range(1, x.ndim))
+    return noise * (x.norm(dim=dims, keepdim=True) / noise.norm(dim=dims, keepdim=True))
+
+
+def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out=None,
+                gen_length=None):
+    """Recall with the prompt hidden: the canvas holds the question and the answer, nothing else.
+
+    n_facts, lengths: lists; length 0 = the facts alone. Returns rows {arm, facts, length, recall,
+    output, ...}, one a sample, and appends them to the JSONL file `out` as they come."""
+    config = backbone.cfg
+    gen_length = gen_length or answer_budget(tokenizer)
+    count = token_counter(tokenizer, config)
+    rows = []
+    cells = list(product(lengths, n_facts))
+    with tqdm(total=len(cells) * len(arms) * n, desc="closed book", unit="sample",
+              leave=False) as bar:
+        for length, k in cells:
+            task = partial(facts, n=k)
+            samples = make_samples([task], length, n, f"{seed} {k} facts", "eval", count)
+            for arm, (part, _) in product(arms, list(batches(samples, samples, length))):
+                phi = write_texts(backbone, tokenizer, part, arm, inner)
+                shown = [s.prompt if arm.startswith("open") else s.question for s in part]
+                prompts = [torch.tensor(encode_prompt(tokenizer, config, text)) for text in shown]
+                ids = generate(backbone, prompts, memory=written(phi), gen_length=gen_length,
+                               remasking="low_confidence")
+                new = [scored(sample, row, tokenizer, config, arm=arm, facts=k, seed=seed)
+                       for sample, row in zip(part, ids)]
+                append_jsonl(out, new)
+                rows += new
+                bar.update(len(new))
+    return rows
+
+
+def closed_table(rows):
+    """Recall in % by facts and arm (down) and length (across). Two chances: any value at all, and
+    one of the values in the text, which a memory of the set without its keys would give."""
+    lengths = sorted({r["length"] for r in rows})
+    names = ["facts alone" if length == 0 else f"{length} tokens" for length in lengths]
+    lines = [f"{'facts':<7}{'arm':<11}" + "".join(f"{name:>14}" for name in names)
+             + f"{'any value':>12}{'1 / facts':>11}"]
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["facts"], r["arm"]), []).append(r)
+    for (k, arm), group in groups.items():
+        line = f"{k:<7}{arm:<11}"
+        for length in lengths:
+            values = [r["recall"] for r in group if r["length"] == length]
+            mean, half = interval(values) if values else (math.nan, math.nan)
+            line += f"{100 * mean:>8.1f} ±{100 * half:>4.1f}"
+        lines.append(line + f"{100 / len(VALUES):>12.1f}{100 / k:>11.1f}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Tables.
 
 def interval(values):
     """Mean of values in 0..1, and half the width of Wilson's 95 % interval.
@@ -524,14 +646,14 @@ def grid(rows, arm, down, across, colour):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Command line.
+# 7. Command line.
 
 @dataclass
 class Evaluation:
     """What to measure: the flags of the command line."""
     checkpoint: str = option(None, "a folder written by train.py, a hub name, or an adapter folder")
     tasks: list = option(tuple(TASKS), "tasks", choices=tuple(TASKS))
-    lengths: tuple = option((64, 128, 256), "context lengths in tokens; tiny is trained to 64", 1)
+    lengths: tuple = option((64, 128, 256), "context lengths in tokens; tiny is trained to 64", 0)
     n: int = option(100, "samples per cell", 1)
     seed: int = option(1, "seed of the evaluation texts")
     gen_length: int = option(None, "answer tokens (default: enough for the longest answer)", 1)
@@ -539,6 +661,9 @@ class Evaluation:
     passes: int = option(None, "instead: recall after 1..PASSES passes over masked answers", 1)
     exposure: bool = option(False, "instead: exposure bias per step, published and clean ratio")
     probe: bool = option(False, "instead: can resolve's answer be read from MetaState's slots?")
+    closed_book: bool = option(False, "instead: recall with the prompt hidden; by --facts and "
+                               "--lengths (0 = the facts alone)")
+    facts: tuple = option((1, 2, 4, 8, 16, 24), "closed book: numbers of facts in a text", 1, 24)
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
     metric: str = option("recall", "recall: RULER's and BABILong's; exact: order and number count",
                          choices=("recall", "exact"))
@@ -557,7 +682,9 @@ def check_before_loading(how):
     if (how.by_steps or how.exposure or how.probe) and len(how.lengths) > 1:
         raise ValueError("--passes, --exposure, --probe and several --steps need one length, "
                          "for example --lengths 64")
-    name = "passes.jsonl" if how.passes else "niah.jsonl"
+    name = "closed_book.jsonl" if how.closed_book else "niah.jsonl"
+    if how.passes:
+        name = "passes.jsonl"
     folder = Path(how.checkpoint)
     out = Path(how.out or (folder / name if folder.is_dir() else name))
     existed = out.exists()
@@ -576,6 +703,8 @@ def main():
     how = from_flags(Evaluation, parser.parse_args())
     out = check_before_loading(how)
     backbone, tokenizer, arms = load_arms(how.checkpoint, how.device)
+    if how.closed_book:
+        arms = dict(CLOSED_ARMS)
     chosen = ["metastate"] if how.probe else how.arms or list(arms)
     unknown = ", ".join(arm for arm in chosen if arm not in arms)
     if unknown:
@@ -584,6 +713,12 @@ def main():
     model = (backbone, tokenizer)
     length = how.lengths[0]
     colour = sys.stdout.isatty()
+    if how.closed_book:
+        inner = inner_loop_settings(how.checkpoint)
+        rows = closed_book(*model, inner, arms, how.facts, how.lengths, how.n, how.seed, out,
+                           how.gen_length)
+        print(f"{closed_table(rows)}\n{how.n} texts a cell, 95 % intervals over texts; rows: {out}")
+        return
     if how.exposure:
         print(exposure(*model, arms, how.tasks, length, how.n, how.seed, how.gen_length))
         return

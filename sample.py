@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from backbone import (BackboneConfig, cli, encode_prompt, load_backbone, load_tokenizer, option,
+from backbone import (BackboneConfig, add_flags, cli, encode_prompt, from_flags, load_backbone, load_tokenizer, option,
                       read_json, validate)
 
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -330,10 +330,10 @@ def load_arms(checkpoint, device=None, dtype=None):
     path = Path(checkpoint)
     if (path / "metastate.json").exists():
         meta, backbone, base = metastate.load(path, device, dtype)
-        arms = {"frozen": no_memory, metastate.ARMS[meta.cfg.memory]: meta.memory()}
-        if meta.cfg.memory == "slots":
-            reset_config = dataclasses.replace(meta.cfg, memory="reset")
-            reset = metastate.MetaState(backbone.cfg, reset_config).to(backbone.device)
+        arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
+        if meta.settings.memory == "slots":
+            reset_config = dataclasses.replace(meta.settings, memory="reset")
+            reset = metastate.build(backbone.cfg, reset_config).to(backbone.device)
             reset.load_state_dict(meta.state_dict())
             arms["reset"] = reset.memory()
             arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
@@ -417,26 +417,6 @@ class Viewer:
             most = ", ".join(f"{self.word(int(xt[0, i]))}@{i}" for i in places)
             print(f"           slots moved by {moved:.2f}; "
                   f"in the prompt the Mixer read most: {most}")
-
-
-def add_flags(parser, cls):
-    """One flag for every field of a dataclass made of backbone.option."""
-    for f in dataclasses.fields(cls):
-        text = f.metadata["help"]
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
-            continue
-        if f.default is not None:
-            text += f" (default: {f.default})"
-        kind = {list: str, tuple: int}.get(f.type, f.type)
-        many = dict(nargs="+", metavar=f.name.upper()) if f.type in (list, tuple) else {}
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text,
-                            choices=f.metadata["choices"], **many)
-
-
-def from_flags(cls, args):
-    """The dataclass with what the command line says, each value checked."""
-    return validate(cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}), "--")
 
 
 def arguments():
