@@ -38,26 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-def add_flags(parser, cls):
-    """One flag for every field of a dataclass made of backbone.option."""
-    for f in dataclasses.fields(cls):
-        text = f.metadata["help"]
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
-            continue
-        if f.default is not None:
-            text += f" (default: {f.default})"
-        kind = {list: str, tuple: int}.get(f.type, f.type)
-        many = dict(nargs="+", metavar=f.name.upper()) if f.type in (list, tuple) else {}
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text,
-                            choices=f.metadata["choices"], **many)
-
-
-def from_flags(cls, args):
-    """The dataclass with what the command line says, each value checked."""
-    return validate(cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}), "--")
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. Settings: what a field may be stands beside it; flags and entries of files are checked alike.
 
@@ -97,6 +77,34 @@ def validate(config, where="--"):
     return config
 
 
+def add_flags(parser, cls, defaults=True):
+    """One flag for every field of a dataclass. defaults: False = a flag that is not given is None,
+    where the default depends on what is loaded."""
+    for rule in dataclasses.fields(cls):
+        text = rule.metadata["help"].replace("%", "%%")
+        default = rule.default if defaults else None
+        more = dict(default=default, type=rule.type, choices=rule.metadata["choices"])
+        if rule.type is bool:
+            more = dict(default=default, action=argparse.BooleanOptionalAction)
+        elif default is not None:
+            text += f" (default: {default})"
+        if rule.type in (list, tuple):
+            more.update(type={list: str, tuple: int}[rule.type], nargs="+",
+                        metavar=rule.name.upper())
+        parser.add_argument(f"--{rule.name}", help=text, **more)
+
+
+def given_flags(cls, args):
+    """{field: value} of the flags of a dataclass that are not None, each checked."""
+    values = {}
+    for rule in dataclasses.fields(cls):
+        value = getattr(args, rule.name)
+        if value is not None:
+            check_value(rule, value, f"--{rule.name}")
+            values[rule.name] = tuple(value) if rule.type is tuple else value
+    return values
+
+
 @dataclass
 class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
@@ -122,12 +130,8 @@ class BackboneConfig:
                              "ONLY: a model of its size does not learn key-value lookup in minutes "
                              "unless it can see the token before", 0, 999)
     # repr=False: fingerprints in existing MetaState checkpoints were taken over the other fields.
-    conv_residual: bool = option(False, "True: the convolution is added to the residual stream, h "
-                                 "= h + conv(norm(h)), before attention, so that the feed-forward "
-                                 "layers see the token before as well; False: it feeds attention "
-                                 "alone", repr=False)
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
-    max_len: int = option(4096, "longest canvas that the model was trained for", 1)
+    max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)
     eos_id: int = option(2, "end of text", 0)
     pad_id: int = option(0, "fills up rows, never attended to", 0)
@@ -319,21 +323,17 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
-        self.conv = None
+        self.near = None
         if cfg.conv_width:
-            self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
-        self.conv_residual = cfg.conv_residual
+            self.near = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
 
     def forward(self, h, ctx, phi=None, name=""):  # (B, L, D)
-        x = self.attn_norm(h)
-        if self.conv is not None:
-            c = depthwise(x if ctx.attend is None else x * ctx.attend[..., None], self.conv)
-            if self.conv_residual:
-                h = h + c
-                x = self.attn_norm(h)
-            else:
-                x = x + c
-        h = h + self.attn(x, ctx)
+        if self.near is not None:
+            # into the residual stream, so that the feed-forward part, too, knows "the token before":
+            # fast weights live there, and can bind a value to its key only if they see the key
+            x = self.attn_norm(h)
+            h = h + depthwise(x if ctx.attend is None else x * ctx.attend[..., None], self.near)
+        h = h + self.attn(self.attn_norm(h), ctx)
         return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
 
 
@@ -367,8 +367,10 @@ class Backbone(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
-            elif name.endswith("conv"):
-                p.uniform_(-p.shape[0] ** -0.5, p.shape[0] ** -0.5, generator=generator)
+            elif name.endswith("near"):
+                # four times the usual bound: neighbours must be heard beside a token's own embedding.
+                # With the usual one, binding values to keys takes three times as many steps.
+                p.uniform_(-4 * p.shape[0] ** -0.5, 4 * p.shape[0] ** -0.5, generator=generator)
             elif "embed" in name:
                 p.normal_(0, 0.5, generator=generator)
             elif p.ndim == 2:

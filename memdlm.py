@@ -67,7 +67,7 @@ def for_backbone(config, inner_on=None):
         inner_on = "closed_book" if config.family == "tiny" else "response"
     if inner_on == "closed_book":
         return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
-                            questions=4, exact_from=0.6)
+                            questions=4, exact_from=0.4)
     return MemDLMConfig(inner_on=inner_on)
 
 
@@ -95,7 +95,7 @@ def init_phi(backbone, seeds, inner):
     phi = {}
     for name, module in backbone.named_modules():
         layer = name.split(".")
-        if layer[0] != "layers" or int(layer[1]) < first or layer[-1] not in ("gate", "up", "down"):
+        if layer[-1] not in ("gate", "up", "down") or int(layer[1]) < first:
             continue
         bound = module.in_features ** -0.5                          # Kaiming-uniform, a = sqrt(5)
         A = torch.empty(len(seeds), inner.rank, module.in_features)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbone import LowRank, add_flags, cli, encode, encode_prompt, from_flags, option
+from backbone import LowRank, add_flags, cli, encode, encode_prompt, given_flags, option
 from memdlm import adapt_to_prompt, exposure_bias, written
 from sample import cut, generate, inner_loop_settings, left_pad, load_arms
 
@@ -268,8 +268,8 @@ def stories(rng, length, split, count):
 
 
 def facts(rng, length, split, count, n=None):
-    """For the closed book: n keys with one value each (default: 1 to 8), one is asked for."""
-    return needles("facts", rng, length, split, count, n_keys=n or rng.randint(1, 8), n_values=1)
+    """For the closed book: n keys with one value each (default: 1 to 12), one is asked for."""
+    return needles("facts", rng, length, split, count, n_keys=n or rng.randint(1, 12), n_values=1)
 
 
 def ask(sample, questions, rng):
@@ -700,7 +700,7 @@ def check_before_loading(how):
 def main():
     parser = ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on.")
     add_flags(parser, Evaluation)
-    how = from_flags(Evaluation, parser.parse_args())
+    how = Evaluation(**given_flags(Evaluation, parser.parse_args()))
     out = check_before_loading(how)
     backbone, tokenizer, arms = load_arms(how.checkpoint, how.device)
     if how.closed_book:

@@ -31,8 +31,8 @@ from pathlib import Path
 
 import torch
 
-from backbone import (BackboneConfig, add_flags, cli, encode_prompt, from_flags, load_backbone, load_tokenizer, option,
-                      read_json, validate)
+from backbone import (BackboneConfig, add_flags, cli, config_from_dict, encode, encode_prompt,
+                      given_flags, load_backbone, load_tokenizer, option, read_json, validate)
 
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -349,13 +349,7 @@ def inner_loop_settings(folder):
     ValueError names the file and the entry that is wrong."""
     from memdlm import MemDLMConfig
     path = Path(folder) / "memory.json"
-    entries = read_json(path) if path.exists() else {}
-    names = [f.name for f in dataclasses.fields(MemDLMConfig)]
-    unknown = [name for name in entries if name not in names]
-    if not isinstance(entries, dict) or unknown:
-        raise ValueError(f"{path}: expected an object with the entries {', '.join(names)}"
-                         + (f", not {unknown[0]!r}" if unknown else ""))
-    return validate(MemDLMConfig(**entries), f"{path}: ")
+    return config_from_dict(MemDLMConfig, read_json(path) if path.exists() else {}, path)
 
 
 def peak_memory():
@@ -430,6 +424,9 @@ def arguments():
     add_flags(parser, Decoding)
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
                         help="chat template (default: on for Instruct models)")
+    parser.add_argument("--closed_book", action="store_true",
+                        help="write each prompt up to its question (the last line, or the last \"?\" "
+                        "and what follows) into fast weights, hide it, and ask the question")
     parser.add_argument("--watch", action="store_true",
                         help="show the canvas after every step, and what the slots read")
     parser.add_argument("--explain", action="store_true",
@@ -442,6 +439,23 @@ def arguments():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="default: the checkpoint's own")
     return parser
+
+
+def close_book(backbone, tokenizer, texts, folder):
+    """Prompts -> what is left of them, {arm: memory}. ValueError if a prompt is only a question."""
+    import memdlm
+    questions = []
+    contexts = []
+    for text in texts:
+        at = text.rfind("\n") + 1 or text.rfind("?")
+        if at < 1 or not text[:at].strip():
+            raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
+                             f"with a line of its own, or with \"? ...\"")
+        contexts.append(encode(tokenizer, text[:at].strip()))
+        questions.append(text[at:])
+    ids, attend = left_pad(contexts, backbone.cfg.pad_id, backbone.device)
+    phi = memdlm.adapt_to_prompt(backbone, ids, attend, attend, inner_loop_settings(folder))
+    return questions, {"none": no_memory, "blind": memdlm.written(phi)}
 
 
 def decode_and_print(name, memory, backbone, tokenizer, prompts, how, watch):
@@ -466,7 +480,7 @@ def decode_and_print(name, memory, backbone, tokenizer, prompts, how, watch):
 def main():
     parser = arguments()
     args = parser.parse_args()
-    how = from_flags(Decoding, args)
+    how = Decoding(**given_flags(Decoding, args))
     if args.vocabulary:
         from niah import vocabulary
         print(" ".join(vocabulary()))
@@ -478,6 +492,8 @@ def main():
         parser.error("--checkpoint and --prompt are needed")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype)
+    if args.closed_book and args.prompt:
+        args.prompt, arms = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
     how = how.filled(backbone.cfg)
     if args.explain:
         print(how.explain())

@@ -36,10 +36,10 @@ from tqdm import tqdm
 import memdlm
 import metastate
 import niah
-from backbone import (Backbone, BackboneConfig, adapter_base, cli, config_from_json, corrupt,
-                      default_device, encode_pair, find_folder, load_backbone, load_tokenizer,
-                      masked_loss, option, read_json, sample_t, save_adapter, save_backbone,
-                      validate, write_atomically)
+from backbone import (Backbone, BackboneConfig, adapter_base, add_flags, cli, config_from_json,
+                      corrupt, default_device, encode, encode_pair, find_folder, given_flags,
+                      load_backbone, load_tokenizer, masked_loss, option, read_json, sample_t,
+                      save_adapter, save_backbone, validate, write_atomically, write_json)
 from memdlm import MemDLMConfig
 from metastate import MetaState, MetaStateConfig
 from sample import left_pad, no_memory, peak_memory
@@ -67,6 +67,8 @@ class TrainConfig:
     weight_decay: float = option(None, "AdamW's, for matrices", low=0)
     loss_weight: str = option(None, "uniform: masked tokens count alike; 1/t: the likelihood bound",
                               choices=["uniform", "1/t"])
+    plain_share: float = option(0.25, "closed book: share of the batches that are plain MDLM on "
+                                "--tasks; they keep predictable words out of phi", low=0, high=1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     context: int = option(64, "niah: longest training text, in tokens", low=0)
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
@@ -96,6 +98,7 @@ OTHERS = [task for task in niah.TASKS if task != "resolve"]
 DEFAULTS = {
     "pretrain": dict(steps=8000, batch_size=48, lr=3e-3, full_share=0.3, **TINY),
     "finetune": dict(steps=400, batch_size=32, lr=2e-5, full_share=0.5, **TINY),
+    "closed_book": dict(steps=900, batch_size=128, lr=3e-3, full_share=0.3, **TINY),
     "metastate": {**TINY, **dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0,
                                  tasks=["resolve"] * len(OTHERS) + OTHERS)},
     "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
@@ -103,7 +106,7 @@ DEFAULTS = {
                       lora_dropout=0.05, tasks=list(niah.TASKS))}
 
 # All that a run writes into its folder, and all that --overwrite deletes.
-WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
+WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl closed_book.jsonl
     adapter_model.safetensors adapter_config.json metastate.safetensors metastate.json
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()
@@ -116,6 +119,7 @@ class Batch(NamedTuple):
     attend: torch.Tensor        # (B, L) bool, False = padding
     t: torch.Tensor             # (B,)
     u: torch.Tensor             # (B, L) uniform numbers: token i is masked where u < t
+    context: torch.Tensor       # (B, L) bool, the text that MemDLM's inner loop writes into phi
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,17 +150,24 @@ def train_mdlm(run):
 
 
 def train_memdlm(run):
-    """Bilevel: the inner loop writes each row's trajectory into its phi, the outer loss trains
-    theta given phi."""
+    """Bilevel: the inner loop writes into each row's phi, the outer loss trains theta given phi."""
+    published = run.inner.inner_on == "response"
     for step in run.steps():
         # 1. A batch of clean tokens, t and u for each row
         batch, n_maskable = run.batch(step)
         loss_sum = 0.0
         run.optimizer.zero_grad()
         for rows in run.micro_batches(batch):
-            # 2.-4. Two nested states, inner loop on phi, outer loss on theta: memdlm.loss_memdlm
-            loss = memdlm.loss_memdlm(run.backbone, *rows, run.weight(rows.t), n_maskable,
-                                      run.inner, seed=run.step_seed(step))
+            # 2.-4. States of the text, inner loop on phi, outer loss on theta
+            if published:
+                loss = memdlm.loss_memdlm(run.backbone, rows.x0, rows.given, rows.attend, rows.t,
+                                          rows.u, run.weight(rows.t), n_maskable, run.inner,
+                                          run.step_seed(step))
+            else:
+                loss = memdlm.loss_prompt(run.backbone, rows.x0, rows.context, rows.given,
+                                          rows.attend, rows.t, rows.u, run.weight(rows.t),
+                                          n_maskable, run.inner, run.step_seed(step),
+                                          exact=step >= run.exact_step)
             loss.backward()
             loss_sum += loss.item()
         # 5. Update theta; phi is thrown away
@@ -170,31 +181,20 @@ def train_metastate(run):
     """K-step unrolling: K denoising steps in one graph, slots carried along; the backbone is
     frozen."""
     for step in run.steps():
-        # 1. A batch; four rows of five start fully masked
+        # 1. A batch, and for each row how many tokens each of the K steps reveals
         batch, _ = run.batch(step)
-        rng = torch.Generator().manual_seed(run.step_seed(step))
         B = len(batch.x0)
-        t = torch.where(torch.rand(B, generator=rng) < 0.8, 1.0, batch.t)
-        # 2. Curriculum: first passes over an unchanged canvas, where only memory can help; then
-        # trajectories
-        if step < 0.4 * run.cfg.steps:
-            stay = torch.ones(B, dtype=torch.bool)
-            unroll = 3
-            first_loss = 1
-        else:
-            stay = torch.rand(B, generator=rng) < 0.4
-            unroll = int(torch.randint(2, run.meta.cfg.unroll + 2, (), generator=rng))
-            first_loss = 0
+        reveals = metastate.draw_reveals((~batch.given).sum(1), run.meta.settings,
+                                         run.step_seed(step))
         loss_sum = 0.0
         run.optimizer.zero_grad()
-        for rows, rows_stay in zip(run.micro_batches(batch._replace(t=t)), run.split(stay)):
-            # 3. The unrolled loss: metastate.loss_unrolled
+        for rows, counts in zip(run.micro_batches(batch), run.split(reveals)):
+            # 2. The unrolled loss: metastate.loss_unrolled
             loss = metastate.loss_unrolled(run.meta, run.backbone, rows.x0, rows.given, rows.attend,
-                                           rows.t, rows_stay.to(run.device), unroll, first_loss,
-                                           rows.u, B)
+                                           rows.u, counts.to(run.device), B)
             loss.backward()
             loss_sum += loss.item()
-        # 4. Update Mixer, Updater, Injector and time conditioner
+        # 3. Update Mixer, Updater, Injector and time conditioner
         run.loss = run.sum_over_ranks(loss_sum)
         run.grad_norm = clip_grad_norm_(run.trained, 1.0)
         run.optimizer.step()
@@ -207,22 +207,43 @@ LOOPS = {"mdlm": train_mdlm, "memdlm": train_memdlm, "metastate": train_metastat
 # ------------------------------------------------------------------------------------------------
 # 2. Data.
 
-def niah_pairs(tokenizer, model_cfg, tasks, length, n, seed, split="train"):
-    """n niah samples as (prompt ids, response ids)."""
-    count = niah.token_counter(tokenizer, model_cfg)
-    samples = niah.make_samples(tasks, length, n, seed, split, count)
+class Example(NamedTuple):
+    """Ids of one example. Only the closed book has a context: a text that is written into phi and
+    hidden; everything else has it in the prompt."""
+    context: list
+    prompt: list
+    response: list
+
+
+def niah_examples(tokenizer, model_cfg, samples, closed=False):
+    """niah samples -> Examples."""
     if model_cfg.family != "tiny":
-        return [encode_pair(tokenizer, model_cfg,
-                            dict(prompt=niah.INTRO + s.prompt, response=s.answer)) for s in samples]
+        return [jsonl_example(dict(context=niah.INTRO + s.context, prompt=s.question,
+                                   response=s.answer), tokenizer, model_cfg, closed)
+                for s in samples]
+    n = len(samples)
     texts = [s.prompt for s in samples] + [s.answer for s in samples]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [(p, r + [model_cfg.eos_id]) for p, r in zip(ids[:n], ids[n:])]
+    hidden = [len(s.context.split()) if closed else 0 for s in samples]
+    return [Example(p[:k], p[k:], r + [model_cfg.eos_id])
+            for p, r, k in zip(ids[:n], ids[n:], hidden)]
 
 
-def read_jsonl(path, tokenizer, model_cfg, max_len):
-    """A JSONL file -> list of (prompt ids, response ids). ValueError names file and line of what
-    is wrong; examples longer than max_len are left out and counted."""
-    pairs = []
+def jsonl_example(raw, tokenizer, model_cfg, closed):
+    """An object with "prompt" and "response", or "messages", and perhaps "context" -> Example."""
+    context = raw.get("context")
+    if closed and not context:
+        raise ValueError("the closed book needs a \"context\", the text to write and to hide")
+    if context and not closed:
+        raw = dict(raw, prompt=f"{context} {raw['prompt']}")
+    hidden = encode(tokenizer, context) if closed else []
+    return Example(hidden, *encode_pair(tokenizer, model_cfg, raw))
+
+
+def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
+    """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
+    longer than max_len are left out and counted."""
+    examples = []
     too_long = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -232,21 +253,22 @@ def read_jsonl(path, tokenizer, model_cfg, max_len):
                 json.dumps(example, ensure_ascii=False).encode()
                 # a tokenizer takes minutes over 100 MB, and no token has 100 characters on average
                 fits = check_example(example) <= 100 * max_len
-                pair = encode_pair(tokenizer, model_cfg, example) if fits else ()
+                if fits:
+                    ids = jsonl_example(example, tokenizer, model_cfg, closed)
             except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
-            if fits and sum(len(ids) for ids in pair) <= max_len:
-                pairs.append(pair)
+            if fits and sum(map(len, ids)) <= max_len:
+                examples.append(ids)
             else:
                 too_long += 1
     if too_long:
         print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
-    if len(pairs) < 2:
-        raise ValueError(f"{path}: {len(pairs)} usable examples; at least 2 are needed (one is "
+    if len(examples) < 2:
+        raise ValueError(f"{path}: {len(examples)} usable examples; at least 2 are needed (one is "
                          f"held out)")
-    return pairs
+    return examples
 
 
 def check_example(example):
@@ -273,20 +295,23 @@ def check_example(example):
     return sum(len(text) for text in texts.values())
 
 
-def collate(pairs, model_cfg, width, generator):
-    """Prompts padded on the left, responses filled up with end-of-text to at least `width` tokens.
-    End-of-text is maskable and learned, as in LLaDA's SFT."""
-    prompts, attend = left_pad([p for p, _ in pairs], model_cfg.pad_id, "cpu")
-    width = max(width, max(len(r) for _, r in pairs))
-    responses = torch.full((len(pairs), width), model_cfg.eos_id)
-    for row, (_, response) in enumerate(pairs):
-        responses[row, :len(response)] = torch.tensor(response)
+def collate(examples, model_cfg, width, generator):
+    """Contexts and prompts padded on the left, responses filled up with end-of-text to at least
+    `width` tokens. End-of-text is maskable and learned, as in LLaDA's SFT."""
+    prompts, attend = left_pad([e.context + e.prompt for e in examples], model_cfg.pad_id, "cpu")
+    width = max(width, max(len(e.response) for e in examples))
+    responses = torch.full((len(examples), width), model_cfg.eos_id)
+    for row, e in zip(responses, examples):
+        row[:len(e.response)] = torch.tensor(e.response)
     maskable = torch.ones_like(responses, dtype=torch.bool)
     x0 = torch.cat([prompts, responses], dim=1)                         # (B, L)
     given = torch.cat([torch.ones_like(attend), ~maskable], dim=1)
     attend = torch.cat([attend, maskable], dim=1)
-    t = sample_t(len(pairs), generator=generator)
-    return Batch(x0, given, attend, t, torch.rand(x0.shape, generator=generator))
+    number = attend.long().cumsum(1)                                    # of a real token, from 1
+    context = attend & (number <= torch.tensor([len(e.context) for e in examples])[:, None])
+    t = sample_t(len(examples), generator=generator)
+    u = torch.rand(x0.shape, generator=generator)
+    return Batch(x0, given, attend, t, u, context)
 
 
 @lru_cache(maxsize=2)
@@ -300,9 +325,9 @@ def epoch_order(seed, epoch, n):
 
 class Run:
     """Data by step, optimizer, logging, evaluation, checkpoints. Holds no random state: see the
-    file's header. pairs: the data of a JSONL file, None for niah."""
+    file's header. data: (training, held-out) Examples of a JSONL file, None for niah."""
 
-    def __init__(self, cfg, inner, meta_cfg, backbone, tokenizer, pairs, base, stage):
+    def __init__(self, cfg, inner, meta_cfg, backbone, tokenizer, data, base, stage):
         self.cfg = cfg
         self.inner = inner
         self.backbone = backbone
@@ -313,14 +338,16 @@ class Run:
         self.device = backbone.device
         self.out = Path(cfg.out)
         self.joined = cfg.batch_size * cfg.accumulate * self.world      # rows per optimizer step
-        self.pairs, self.held_pairs = pairs or (None, None)
-        self.width = niah.BUDGET if pairs is None else 0                # of an answer, at least
+        self.examples, self.held_examples = data or (None, None)
+        self.width = niah.BUDGET if data is None else 0                 # of an answer, at least
+        self.closed = is_closed(cfg, inner)
+        self.exact_step = inner.exact_from * cfg.steps
         self.meta = None
         # the arm whose held-out loss is logged; its memory, and passes over the canvas
         self.watched = "off", no_memory, 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
-            self.meta = MetaState(backbone.cfg, meta_cfg).to(self.device)
+            self.meta = metastate.build(backbone.cfg, meta_cfg).to(self.device)
             self.watched = metastate.ARMS[meta_cfg.memory], self.meta.memory(), 2
             self.fingerprint = metastate.fingerprint(backbone)          # before layers are split
         modules = [backbone] if self.meta is None else [self.meta]
@@ -345,21 +372,45 @@ class Run:
         cfg = self.cfg
         rng = random.Random(f"{cfg.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        if self.pairs is None:
-            # mixed lengths: without them lookup is not learned
-            length = rng.choice([0, cfg.context // 4, cfg.context // 2, cfg.context])
-            pairs = niah_pairs(self.tokenizer, self.backbone.cfg, cfg.tasks, length, self.joined,
-                               f"{cfg.seed} {step}")
-        else:
-            size = len(self.pairs)
+        closed = self.closed and rng.random() >= cfg.plain_share
+        if self.examples is not None:
+            size = len(self.examples)
             numbers = range(step * self.joined, (step + 1) * self.joined)
-            pairs = [self.pairs[epoch_order(cfg.seed, n // size, size)[n % size]] for n in numbers]
-        batch = collate(pairs, self.backbone.cfg, self.width, generator)
+            chosen = [self.examples[epoch_order(cfg.seed, n // size, size)[n % size]]
+                      for n in numbers]
+        else:
+            samples = self.closed_samples(step, rng) if closed else self.samples(step, rng)
+            chosen = niah_examples(self.tokenizer, self.backbone.cfg, samples, closed)
+        batch = collate(chosen, self.backbone.cfg, self.width, generator)
+        if self.inner.inner_on == "prompt":
+            batch = batch._replace(context=batch.given & batch.attend)
+        if closed:
+            # half of the rows ask for the whole answer, as the first step of decoding does
+            whole = torch.rand(len(batch.t), generator=generator) < 0.5
+            batch = batch._replace(t=batch.t.masked_fill(whole, 1.0))
         # from noise, lookup has to emerge before half of the gradient goes to the prompts
         ready = self.stage != "pretrain" or step > 0.5 * cfg.steps
-        if rng.random() < cfg.full_share and ready:
-            batch = batch._replace(given=~batch.attend)
+        if not closed and rng.random() < cfg.full_share and ready:
+            nothing = torch.zeros_like(batch.context)
+            batch = batch._replace(given=~batch.attend, context=nothing)
         return batch, int((~batch.given).sum())
+
+    def samples(self, step, rng):
+        """niah samples of mixed lengths: without them lookup is not learned."""
+        c = self.cfg.context
+        count = niah.token_counter(self.tokenizer, self.backbone.cfg)
+        return niah.make_samples(self.cfg.tasks, rng.choice([0, c // 4, c // 2, c]), self.joined,
+                                 f"{self.cfg.seed} {step}", "train", count)
+
+    def closed_samples(self, step, rng):
+        """Texts with some questions each. As long as the gradient is first order the facts stand
+        alone; then they lie among filler of up to four times the usual length, in several chunks."""
+        c = self.cfg.context
+        length = rng.choice([0, c // 2, c, 2 * c, 4 * c]) if step >= self.exact_step else 0
+        count = niah.token_counter(self.tokenizer, self.backbone.cfg)
+        texts = niah.make_samples([niah.facts], length, self.joined // self.inner.questions,
+                                  f"{self.cfg.seed} {step}", "train", count)
+        return [s for text in texts for s in niah.ask(text, self.inner.questions, rng)]
 
     def split(self, rows):
         """This rank's micro-batches of a tensor with one entry per row."""
@@ -435,14 +486,15 @@ class Run:
         backbone = self.backbone
         generator = torch.Generator().manual_seed(0)
         size = self.cfg.batch_size if backbone.cfg.family != "tiny" else 64
-        pairs = self.held_pairs
-        if pairs is None:
-            pairs = niah_pairs(self.tokenizer, backbone.cfg, self.cfg.tasks, self.cfg.context, n, 0,
-                               "eval")
+        examples = self.held_examples
+        if examples is None:
+            count = niah.token_counter(self.tokenizer, backbone.cfg)
+            samples = niah.make_samples(self.cfg.tasks, self.cfg.context, n, 0, "eval", count)
+            examples = niah_examples(self.tokenizer, backbone.cfg, samples)
         total = 0.0
         count = 0
-        for i in range(0, len(pairs), size):
-            batch = collate(pairs[i:i + size], backbone.cfg, self.width, generator)
+        for i in range(0, len(examples), size):
+            batch = collate(examples[i:i + size], backbone.cfg, self.width, generator)
             start = int(batch.given[0].sum())
             t = (torch.arange(len(batch.t)) + 0.5) / len(batch.t)
             rows = Batch(*(x.to(self.device) for x in batch._replace(t=t)))
@@ -451,7 +503,8 @@ class Run:
                 continue
             ratio = masked.sum(1) / (~rows.given).sum(1)                # (B,)
             if memory is None:
-                phi = leaky_phi(backbone, rows, xt, masked, ratio, self.inner)
+                phi, *_ = memdlm.adapt_to_response(backbone, rows.x0, rows.given, rows.attend,
+                                                   rows.t, rows.u, self.inner)
                 logits = backbone(xt, rows.attend, masked, phi)         # (N, V)
             else:
                 predict, state = memory(backbone, xt, rows.attend, start)
@@ -479,15 +532,15 @@ class Run:
             save_adapter(self.backbone, self.out, self.base)
         else:
             save_backbone(self.backbone, self.out, self.tokenizer)
-        text = json.dumps(dataclasses.asdict(self.inner), indent=1)
-        write_atomically(self.out / "memory.json", lambda path: Path(path).write_text(text))
+        # without a checksum: this file may be edited, and is validated when it is read
+        write_json(self.out / "memory.json", dataclasses.asdict(self.inner), checksum=False)
 
     def settings(self):
         """What must be the same for a resumed run to be the same run."""
         free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every",
                 "checkpointing")
         fixed = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
-        slots = dataclasses.asdict(self.meta.cfg) if self.meta else {}
+        slots = dataclasses.asdict(self.meta.settings) if self.meta else {}
         return {**fixed, **dataclasses.asdict(self.inner), **slots, "world": self.world}
 
     def resume(self):
@@ -518,18 +571,6 @@ class Run:
             print(f"resumed {self.out} at step {self.first_step}")
         else:
             print(f"--resume: {self.out} holds no checkpoint, the run starts from the beginning")
-
-
-def leaky_phi(backbone, rows, xt, masked, ratio, inner):
-    """phi after two inner steps on the labels that the held-out loss scores."""
-    first = memdlm.first_fast_layer(backbone, inner)
-    ctx = backbone.context(xt, rows.attend)
-    phi = memdlm.init_phi(backbone, len(xt), inner)
-    h = backbone.run(backbone.embed(xt), ctx, 0, first)
-    weight = 1 / ratio.clamp(min=1e-3)                                  # (B,)
-    for _ in range(2):
-        phi = memdlm.inner_step(backbone, phi, h, ctx, rows.x0, masked, weight, inner)
-    return phi
 
 
 def read_state(path):
@@ -633,17 +674,17 @@ def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, met
         weights = sum(p.numel() for p in model.parameters())
         trained = weights
         if method == "metastate":
-            trained = sum(p.numel() for p in MetaState(model_cfg, meta_cfg).parameters())
+            trained = sum(p.numel() for p in metastate.build(model_cfg, meta_cfg).parameters())
         elif lora:
             model.add_lora(lora, 2 * lora)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        fast = memdlm.init_phi(model, 1, inner) if method == "memdlm" else {}
+        fast = memdlm.init_phi(model, [0], inner) if method == "memdlm" else {}
         phi = sum(w.A[0].numel() + w.B[0].numel() for w in fast.values())
     tokens = batch * length
     passes = 1
     first = 0                                               # layers below keep no activation
     if method == "metastate":
-        passes = max(3, meta_cfg.unroll)                    # 3: the first part of its curriculum
+        passes = meta_cfg.unroll
         first = meta_cfg.inject_layers[0]
     ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
     # kept for the backward pass of one layer
@@ -678,10 +719,9 @@ def device_memory(device):
 # ------------------------------------------------------------------------------------------------
 # 6. From flags to a run.
 
-def check_flags(cfg, inner):
+def check_flags(cfg):
     """ValueError for flags that are wrong whatever the backbone is."""
     validate(cfg)
-    validate(inner)
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume goes on with the run in --out, --overwrite deletes it: not both")
     if cfg.data != "niah" and not Path(cfg.data).is_file():
@@ -712,13 +752,15 @@ def keep_rank(cfg, source, base):
         cfg.lora = rank
 
 
-def fill_in(cfg, family, n_examples=None, world=1):
+def fill_in(cfg, family, closed, n_examples=None, world=1):
     """Replace every None by what it stands for here; returns the key of DEFAULTS. n_examples: the
     number of training examples in a JSONL file."""
     if cfg.method == "metastate":
         stage = "metastate"
     elif family != "tiny":
         stage = "published"
+    elif closed:
+        stage = "closed_book"
     else:
         stage = "finetune" if cfg.init or cfg.backbone != "tiny" else "pretrain"
     for name, value in DEFAULTS[stage].items():
@@ -735,38 +777,37 @@ def fill_in(cfg, family, n_examples=None, world=1):
     return stage
 
 
-def metastate_config(model_cfg, options):
-    meta_cfg = dataclasses.replace(metastate.for_backbone(model_cfg), **options)
-    meta_cfg.inject_layers = tuple(meta_cfg.inject_layers)
-    validate(meta_cfg)
-    meta_cfg.check(model_cfg.n_layers)
-    return meta_cfg
+def memory_settings(cfg, model_cfg, inner_options, meta_options):
+    """The settings of both memories, of which --method uses one; ValueError if they cannot work."""
+    inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on"))
+    inner = validate(dataclasses.replace(inner, **inner_options))
+    meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
+    meta.check(model_cfg.n_layers)
+    if is_closed(cfg, inner) and (cfg.batch_size or 128) % inner.questions:
+        raise ValueError(f"--batch_size {cfg.batch_size} is not a multiple of --questions "
+                         f"{inner.questions}: rows that ask about one text share its phi")
+    return inner, meta
 
 
-def read_data(cfg, tokenizer, model_cfg, meta_cfg):
-    """(training pairs, held-out pairs) of a JSONL file, None for niah."""
-    data = None
-    width = niah.BUDGET
-    if cfg.data != "niah":
-        pairs = read_jsonl(cfg.data, tokenizer, model_cfg, min(cfg.max_len, model_cfg.max_len))
-        held = max(1, min(64, len(pairs) // 10))
-        data = pairs[:-held], pairs[-held:]
-        width = min(len(response) for _, response in pairs)
-    if cfg.method == "metastate" and meta_cfg.unroll > width:
-        raise ValueError(f"unroll={meta_cfg.unroll} denoising steps need as many maskable tokens; "
-                         f"an answer has {width}")
-    return data
+def is_closed(cfg, inner):
+    return cfg.method == "memdlm" and inner.inner_on == "closed_book"
 
 
-def prepare(cfg, inner, meta_options):
+def read_data(cfg, tokenizer, model_cfg, closed):
+    """(training, held-out) Examples of a JSONL file, None for niah."""
+    if cfg.data == "niah":
+        return None
+    max_len = min(cfg.max_len, model_cfg.max_len)
+    examples = read_jsonl(cfg.data, tokenizer, model_cfg, max_len, closed)
+    held = max(1, min(64, len(examples) // 10))
+    return examples[:-held], examples[-held:]
+
+
+def prepare(cfg, inner_options, meta_options):
     """Everything that can be refused is refused here, and then the Run is made."""
-    check_flags(cfg, inner)
+    check_flags(cfg)
     cfg.out = cfg.out or f"runs/{cfg.method}"
     source = cfg.init or cfg.backbone
-    to_pretrain = source == "tiny" and (cfg.method != "mdlm" or bool(cfg.lora))
-    if to_pretrain:
-        # trained below if need be; until then a new backbone stands in
-        cfg.init = f"runs/pretrained-seed{cfg.seed}"
     base = base_of(source)
     keep_rank(cfg, source, base)
     check_out(cfg, base)
@@ -775,9 +816,15 @@ def prepare(cfg, inner, meta_options):
     tokenizer = load_tokenizer(source)
     torch.manual_seed(cfg.seed)
     backbone = load_backbone(source, device, dtype)
-    meta_cfg = metastate_config(backbone.cfg, meta_options)
-    data = read_data(cfg, tokenizer, backbone.cfg, meta_cfg)
-    stage = fill_in(cfg, backbone.cfg.family, data and len(data[0]), ranks()[1])
+    inner, meta_cfg = memory_settings(cfg, backbone.cfg, inner_options, meta_options)
+    closed = is_closed(cfg, inner)
+    # the closed book is learned from noise: a model that reads first binds values far more slowly
+    to_pretrain = source == "tiny" and not closed and (cfg.method != "mdlm" or bool(cfg.lora))
+    if to_pretrain:
+        # trained below if need be; until then a new backbone stands in
+        cfg.init = f"runs/pretrained-seed{cfg.seed}"
+    data = read_data(cfg, tokenizer, backbone.cfg, closed)
+    stage = fill_in(cfg, backbone.cfg.family, closed, data and len(data[0]), ranks()[1])
     length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
     sizes = estimate(backbone.cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner,
                      meta_cfg, backbone.dtype.itemsize, cfg.checkpointing)
@@ -822,12 +869,12 @@ def pretrain(cfg):
     else:
         print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, "
               f"into {out}; later runs reuse it")
-        train(first, MemDLMConfig(), {}, show=False)
+        train(first, {}, {}, show=False)
 
 
-def train(cfg, inner, meta_options, show=True):
+def train(cfg, inner_options, meta_options, show=True):
     """One run from start to end; returns the Run. show: print the tables at the end."""
-    run = prepare(cfg, inner, meta_options)
+    run = prepare(cfg, inner_options, meta_options)
     with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
         if run.rank == 0:
             check_out(cfg)                                  # another run may have just ended here
@@ -862,40 +909,76 @@ def introduce(run):
 
 
 def report(run):
-    """The table at the end: held-out loss and NIAH accuracy, memory off first; and how to go on."""
+    """The tables at the end, and how to go on."""
     cfg = run.cfg
-    off = run.held_out_loss(no_memory)
-    if run.meta is not None:
-        arm, memory, passes = run.watched
-        arms = {"frozen": no_memory, arm: memory}
-        print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas "
-              f"{run.held_out_loss(memory, passes):.3f}")
-        question = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
+    how = ["niah.py --checkpoint {} --lengths 64 128 256",
+           "sample.py --checkpoint {} --watch --prompt \"the sky is blue . river = 47 . stone = 12 . "
+           "? river =\""]
+    if run.closed:
+        report_closed_book(run)
+        how = ["niah.py --checkpoint {} --closed_book --lengths 0 64 256 1024 4096 --n 200",
+               "sample.py --checkpoint {} --closed_book --watch --prompt \"the sky is blue . river = "
+               "47 . stone = 12 . ? river =\""]
+    elif run.meta is not None:
+        report_metastate(run)
+        how[1] = ("sample.py --checkpoint {} --watch --prompt \"table = 34 . pepper = table . the sky "
+                  "is blue . candle = pepper . ? candle is\"")
     else:
-        on = memdlm.prompt_memory(run.inner)
-        arms = {"off": no_memory, "on": on}
-        print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt "
-              f"{run.held_out_loss(on):.3f}   (leaky, fitted to the scored tokens: "
-              f"{run.held_out_loss(None):.3f}; an upper bound, no result)")
-        question = "the sky is blue . river = 47 . stone = 12 . ? river ="
-    if cfg.n_eval:
-        tasks = list(dict.fromkeys(cfg.tasks))
-        if run.meta is not None:
-            print("\npasses over an unchanged, fully masked answer, then one commit")
-            rows = niah.recompute(run.backbone, run.tokenizer, arms, tasks, cfg.context, cfg.n_eval,
-                                  1, 8, run.out / "passes.jsonl")
-            print(f"{niah.table(rows, by='steps')}\n\ndecoding")
-        rows = niah.evaluate(run.backbone, run.tokenizer, arms, tasks, [cfg.context], cfg.n_eval, 1,
-                             run.out / "niah.jsonl")
-        print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
+        report_two_arms(run)
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory "
-          f"{peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
-          f"  python niah.py --checkpoint {cfg.out} --lengths 64 128 256\n"
-          f"  python sample.py --checkpoint {cfg.out} --watch --prompt \"{question}\"")
+          f"{peak_memory() / 1e9:.2f} GB\n\ngo on with")
+    for command in how:
+        print(f"  python {command.format(cfg.out)}")
 
 
-def print_estimate(cfg, inner, meta_options):
-    check_flags(cfg, inner)
+def report_closed_book(run):
+    cfg = run.cfg
+    if cfg.n_eval:
+        print("\nclosed book: the text is written into the weights, then hidden; recall in %")
+        rows = niah.closed_book(run.backbone, run.tokenizer, run.inner,
+                                ["none", "blind", "phi", "other", "open"], [4, 8],
+                                [0, cfg.context, 4 * cfg.context], cfg.n_eval, 1,
+                                run.out / "closed_book.jsonl")
+        print(f"{niah.closed_table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over texts")
+
+
+def report_metastate(run):
+    cfg = run.cfg
+    arm, memory, passes = run.watched
+    arms = {"frozen": no_memory, arm: memory}
+    print(f"\nheld-out loss: frozen {run.held_out_loss(no_memory):.3f}, second pass over the same "
+          f"canvas {run.held_out_loss(memory, passes):.3f}")
+    if cfg.n_eval:
+        print("\npasses over an unchanged, fully masked answer, then one commit")
+        rows = niah.recompute(run.backbone, run.tokenizer, arms, distinct(cfg.tasks), cfg.context,
+                              cfg.n_eval, 1, 8, run.out / "passes.jsonl")
+        print(f"{niah.table(rows, by='steps')}\n\ndecoding")
+        decode(run, arms)
+
+
+def report_two_arms(run):
+    """Memory off first; fitted to the scored tokens, an upper bound, last."""
+    memory = memdlm.prompt_memory(run.inner)
+    off, on, leaky = (run.held_out_loss(arm) for arm in (no_memory, memory, None))
+    print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}   (leaky, fitted "
+          f"to the scored tokens: {leaky:.3f}; an upper bound, no result)")
+    if run.cfg.n_eval:
+        decode(run, {"off": no_memory, "on": memory})
+
+
+def decode(run, arms):
+    cfg = run.cfg
+    rows = niah.evaluate(run.backbone, run.tokenizer, arms, distinct(cfg.tasks), [cfg.context],
+                         cfg.n_eval, 1, run.out / "niah.jsonl")
+    print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
+
+
+def distinct(tasks):
+    return list(dict.fromkeys(tasks))
+
+
+def print_estimate(cfg, inner_options, meta_options):
+    check_flags(cfg)
     source = cfg.init or cfg.backbone
     base = base_of(source)
     model_cfg = BackboneConfig()
@@ -903,9 +986,10 @@ def print_estimate(cfg, inner, meta_options):
         path = find_folder(base) / "config.json"
         model_cfg = config_from_json(read_json(path), path)
     keep_rank(cfg, source, base)
-    fill_in(cfg, model_cfg.family)
+    inner, meta_cfg = memory_settings(cfg, model_cfg, inner_options, meta_options)
+    fill_in(cfg, model_cfg.family, is_closed(cfg, inner))
     sizes = estimate(model_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, inner,
-                     metastate_config(model_cfg, meta_options), checkpointing=cfg.checkpointing)
+                     meta_cfg, checkpointing=cfg.checkpointing)
     print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n"
           f"{show_estimate(sizes)}")
 
@@ -913,50 +997,30 @@ def print_estimate(cfg, inner, meta_options):
 # ------------------------------------------------------------------------------------------------
 # 7. Command line.
 
-def add_options(parser, cls, defaults=True):
-    """One flag for each field of a configuration. defaults: False = only what is given is set."""
-    for f in dataclasses.fields(cls):
-        default = f.default if defaults else None
-        text = f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(f"--{f.name}", action=action, default=default, help=text)
-            continue
-        if default is not None:
-            text += f" (default {default})"
-        kind = {list: str, tuple: int}.get(f.type, f.type)
-        more = {k: f.metadata[k] for k in ("choices", "nargs") if k in f.metadata}
-        parser.add_argument(f"--{f.name}", type=kind, default=default, help=text, **more)
-
-
 def parse(argv=None):
-    """TrainConfig, MemDLMConfig, the MetaState flags that were given, and whether to --estimate."""
+    """TrainConfig, the MemDLM and the MetaState flags that were given, and whether to --estimate."""
     parser = argparse.ArgumentParser(
         description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
-                    "runs on a laptop in minutes: it pretrains a tiny backbone once, fine-tunes "
-                    "it, and prints what the memory does.")
-    add_options(parser, TrainConfig)
-    add_options(parser.add_argument_group("MemDLM (memdlm.py)"), MemDLMConfig)
-    group = parser.add_argument_group("MetaState (metastate.py); defaults depend on the backbone")
-    add_options(group, MetaStateConfig, defaults=False)
+                    "runs on a laptop in minutes: it trains a tiny model whose weights can be "
+                    "written to, and prints what they remember of a text that is hidden.")
+    add_flags(parser, TrainConfig)
+    for title, cls in (("MemDLM", MemDLMConfig), ("MetaState", MetaStateConfig)):
+        group = parser.add_argument_group(f"{title}; defaults depend on the backbone")
+        add_flags(group, cls, defaults=False)
     parser.add_argument("--estimate", action="store_true",
                         help="print the memory that training would need, and stop (reads "
                              "config.json only)")
     args = parser.parse_args(argv)
-
-    def given(cls):
-        return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
-    meta_options = {k: v for k, v in given(MetaStateConfig).items() if v is not None}
-    cfg = TrainConfig(**given(TrainConfig))
-    return cfg, MemDLMConfig(**given(MemDLMConfig)), meta_options, args.estimate
+    cfg = TrainConfig(**given_flags(TrainConfig, args))
+    return cfg, given_flags(MemDLMConfig, args), given_flags(MetaStateConfig, args), args.estimate
 
 
 def main():
-    cfg, inner, meta_options, only_estimate = parse()
+    cfg, inner_options, meta_options, only_estimate = parse()
     if only_estimate:
-        return print_estimate(cfg, inner, meta_options)
+        return print_estimate(cfg, inner_options, meta_options)
     join_ranks(cfg)
-    train(cfg, inner, meta_options)
+    train(cfg, inner_options, meta_options)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
