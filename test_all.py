@@ -1,17 +1,22 @@
-"""The claims of this repository, executable: `python -m pytest -q test_all.py` (CPU, no network, about a minute).
+"""The claims of this repository, executable: `python -m pytest -q test_all.py` (CPU, no network).
 
-Each test's name is a sentence that can turn out false. Facts are checked against code we did not write (transformers' Llama,
-Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUCell) or against a short loop written from the paper, without our helpers.
-`SLOW=1 python -m pytest -q test_all.py -k learns` runs the learning run (12 minutes); `python test_all.py --full-size DIR`
-writes a random 16 GB checkpoint in LLaDA-8B's layout (see the README, "Running the real models").
+Each test's name is a sentence that can turn out false. Facts are checked against code we did not
+write (transformers' Llama, Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUCell) or against a
+short loop written from the paper, without our helpers.
+By hand:
+  SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
+  python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
+                                                      LLaDA-8B's (README, "Running the real models")
 """
 import ast
+import contextlib
 import glob
 import json
 import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,16 +40,27 @@ HERE = Path(__file__).parent
 torch.set_num_threads(2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Fixtures: a tiny model whose output depends on everything (at initialisation the output projections are zero).
+# --------------------------------------------------------------------------------------------------
+# 0. What the tests share: tiny models, and checkpoints laid out as the official ones.
 
 def random_backbone(seed=0, **options):
+    """A small backbone whose output depends on every weight (freshly initialised, its output
+    projections would be zero)."""
+    sizes = {"vocab_size": 40, "d_model": 32, "head_dim": 16, "d_ff": 48}
     torch.manual_seed(seed)
-    model = Backbone(BackboneConfig(**{"vocab_size": 40, "d_model": 32, "head_dim": 16, "d_ff": 48, **options})).requires_grad_(False)
+    model = Backbone(BackboneConfig(**{**sizes, **options})).requires_grad_(False)
     for p in model.parameters():
-        p.normal_(0, 0.3) if p.ndim > 1 else p.uniform_(0.5, 1.5)
-    model.lm_head.weight[model.cfg.mask_id] = 0                             # as trained models do, it never predicts [MASK]
+        if p.ndim > 1:
+            p.normal_(0, 0.3)
+        else:
+            p.uniform_(0.5, 1.5)
+    # As trained models do, it never predicts [MASK].
+    model.lm_head.weight[model.cfg.mask_id] = 0
     return model.eval()
+
+
+MIXTURE = dict(conv_width=0, n_experts=4, experts_per_token=2)
+MEM = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5)
 
 
 @pytest.fixture
@@ -54,163 +70,259 @@ def model():
 
 @pytest.fixture
 def batch():
-    """x0 (4, 14): rows of different length, padded on the left; the last 6 tokens are the answer."""
+    """x0 (4, 14): rows of different length, padded on the left; the answer is the last 6 tokens."""
     g = torch.Generator().manual_seed(1)
-    x0, attend = torch.randint(3, 40, (4, 14), generator=g), torch.ones(4, 14, dtype=torch.bool)
+    x0 = torch.randint(3, 40, (4, 14), generator=g)
+    attend = torch.ones(4, 14, dtype=torch.bool)
     for row, pads in enumerate([0, 3, 5, 1]):
         attend[row, :pads] = False
     given = torch.ones_like(attend)
     given[:, 8:] = False
-    return train.Batch(x0, given, attend, torch.tensor([0.3, 0.9, 0.6, 1.0]), torch.rand(4, 14, generator=g))
+    t = torch.tensor([0.3, 0.9, 0.6, 1.0])
+    return train.Batch(x0, given, attend, t, torch.rand(4, 14, generator=g))
 
-
-MEM = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5)
 
 CONFIGS = {
-    "llada": dict(architectures=["LLaDAModelLM"], model_type="llada", d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=96,
-                  vocab_size=70, embedding_size=80, rms_norm_eps=1e-5, rope_theta=500000.0, rope_full_precision=True, max_sequence_length=128,
-                  mask_token_id=60, eos_token_id=61, block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
-                  weight_tying=False),
-    "dream": dict(architectures=["DreamModel"], model_type="Dream", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, intermediate_size=96, vocab_size=80, rms_norm_eps=1e-6, rope_theta=1000000.0, hidden_act="silu",
-                  max_position_embeddings=128, mask_token_id=60, eos_token_id=61, tie_word_embeddings=False, rope_scaling=None),
-    "llada_moe": dict(architectures=["LLaDAMoEModelLM"], model_type="llada", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=4, expert_intermediate_size=24, num_experts=8, num_experts_per_tok=3, vocab_size=80,
-                      rms_norm_eps=1e-5, rope_theta=50000.0, qk_layernorm=True, max_position_embeddings=128, mask_token_id=60,
-                      eos_token_id=61, moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False),
+    "llada": dict(
+        architectures=["LLaDAModelLM"], model_type="llada", d_model=64, n_layers=2, n_heads=4,
+        n_kv_heads=4, mlp_hidden_size=96, vocab_size=70, embedding_size=80, rms_norm_eps=1e-5,
+        rope_theta=500000.0, rope_full_precision=True, max_sequence_length=128, mask_token_id=60,
+        eos_token_id=61, block_type="llama", activation_type="silu", layer_norm_type="rms",
+        rope=True, weight_tying=False),
+    "dream": dict(
+        architectures=["DreamModel"], model_type="Dream", hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=80,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, hidden_act="silu", max_position_embeddings=128,
+        mask_token_id=60, eos_token_id=61, tie_word_embeddings=False, rope_scaling=None),
+    "llada_moe": dict(
+        architectures=["LLaDAMoEModelLM"], model_type="llada", hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, expert_intermediate_size=24, num_experts=8,
+        num_experts_per_tok=3, vocab_size=80, rms_norm_eps=1e-5, rope_theta=50000.0,
+        qk_layernorm=True, max_position_embeddings=128, mask_token_id=60, eos_token_id=61,
+        moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False),
 }
+# The published sizes. LLaDA-MoE's config.json names no mask token.
 REAL = {
-    "llada": dict(CONFIGS["llada"], d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
-                  embedding_size=126464, max_sequence_length=4096, mask_token_id=126336, eos_token_id=126081),
-    "dream": dict(CONFIGS["dream"], hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                  intermediate_size=18944, vocab_size=152064, max_position_embeddings=131072, mask_token_id=151666, eos_token_id=151643),
-    "llada_moe": dict(CONFIGS["llada_moe"], hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
-                      expert_intermediate_size=1024, num_experts=64, num_experts_per_tok=8, vocab_size=157184,
-                      max_position_embeddings=8192, moe_layer_freq=[1] * 16, mask_token_id=None, eos_token_id=156892),
+    "llada": dict(
+        CONFIGS["llada"], d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
+        mlp_hidden_size=12288, vocab_size=126464, embedding_size=126464, max_sequence_length=4096,
+        mask_token_id=126336, eos_token_id=126081),
+    "dream": dict(
+        CONFIGS["dream"], hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
+        max_position_embeddings=131072, mask_token_id=151666, eos_token_id=151643),
+    "llada_moe": dict(
+        CONFIGS["llada_moe"], hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, expert_intermediate_size=1024, num_experts=64,
+        num_experts_per_tok=8, vocab_size=157184, max_position_embeddings=8192,
+        moe_layer_freq=[1] * 16, mask_token_id=None, eos_token_id=156892),
 }
 
 
-def official_keys(family, c):
-    """Key -> shape as the official checkpoints have them, written from the fact sheet, not from backbone.py."""
-    if family == "llada":
-        D, Fd, V = c["d_model"], c["mlp_hidden_size"], c["embedding_size"]
-        keys = {"model.transformer.wte.weight": (V, D), "model.transformer.ln_f.weight": (D,), "model.transformer.ff_out.weight": (V, D)}
-        for i in range(c["n_layers"]):
-            block = f"model.transformer.blocks.{i}."
-            keys |= {block + n + ".weight": (D,) for n in ("attn_norm", "ff_norm")}
-            keys |= {block + n + ".weight": (D, D) for n in ("q_proj", "k_proj", "v_proj", "attn_out")}
-            keys |= {block + "ff_proj.weight": (Fd, D), block + "up_proj.weight": (Fd, D), block + "ff_out.weight": (D, Fd)}
-        return keys
-    D, V, d = c["hidden_size"], c["vocab_size"], c["hidden_size"] // c["num_attention_heads"]
+def official_keys(family, config):
+    """Key -> shape as the official checkpoints have them, written from the fact sheet, not from
+    backbone.py."""
+    return llada_keys(config) if family == "llada" else qwen_keys(family, config)
+
+
+def llada_keys(c):
+    D, V, ffn = c["d_model"], c["embedding_size"], c["mlp_hidden_size"]
+    keys = {"model.transformer.wte.weight": (V, D),
+            "model.transformer.ln_f.weight": (D,),
+            "model.transformer.ff_out.weight": (V, D)}
+    for i in range(c["n_layers"]):
+        block = f"model.transformer.blocks.{i}."
+        for name in ("attn_norm", "ff_norm"):
+            keys[f"{block}{name}.weight"] = (D,)
+        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
+            keys[f"{block}{name}.weight"] = (D, D)
+        keys[f"{block}ff_proj.weight"] = (ffn, D)
+        keys[f"{block}up_proj.weight"] = (ffn, D)
+        keys[f"{block}ff_out.weight"] = (D, ffn)
+    return keys
+
+
+def qwen_keys(family, c):
+    D, V = c["hidden_size"], c["vocab_size"]
+    d = D // c["num_attention_heads"]
     kv = c["num_key_value_heads"] * d
-    keys = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    keys = {"model.embed_tokens.weight": (V, D),
+            "model.norm.weight": (D,),
+            "lm_head.weight": (V, D)}
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        keys |= {layer + n + ".weight": (D,) for n in ("input_layernorm", "post_attention_layernorm")}
-        keys |= {layer + f"self_attn.{x}_proj.weight": (rows, D) for x, rows in zip("qkvo", (D, kv, kv, D))}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            keys[f"{layer}{name}.weight"] = (D,)
+        for x, rows in zip("qkvo", (D, kv, kv, D)):
+            keys[f"{layer}self_attn.{x}_proj.weight"] = (rows, D)
         if family == "dream":
-            keys |= {layer + f"self_attn.{x}_proj.bias": (rows,) for x, rows in zip("qkv", (D, kv, kv))}
-            mlps, Fd = [layer + "mlp."], c["intermediate_size"]
+            ffn, mlps = c["intermediate_size"], ["mlp"]
+            for x, rows in zip("qkv", (D, kv, kv)):
+                keys[f"{layer}self_attn.{x}_proj.bias"] = (rows,)
         else:
-            keys |= {layer + f"self_attn.{x}_norm.weight": (d,) for x in "qk"} | {layer + "mlp.gate.weight": (c["num_experts"], D)}
-            mlps, Fd = [layer + f"mlp.experts.{e}." for e in range(c["num_experts"])], c["expert_intermediate_size"]
+            ffn, mlps = c["expert_intermediate_size"], []
+            for x in "qk":
+                keys[f"{layer}self_attn.{x}_norm.weight"] = (d,)
+            keys[f"{layer}mlp.gate.weight"] = (c["num_experts"], D)
+            mlps = [f"mlp.experts.{e}" for e in range(c["num_experts"])]
         for mlp in mlps:
-            keys |= {mlp + "gate_proj.weight": (Fd, D), mlp + "up_proj.weight": (Fd, D), mlp + "down_proj.weight": (D, Fd)}
+            keys[f"{layer}{mlp}.gate_proj.weight"] = (ffn, D)
+            keys[f"{layer}{mlp}.up_proj.weight"] = (ffn, D)
+            keys[f"{layer}{mlp}.down_proj.weight"] = (D, ffn)
     return keys
 
 
 def write_checkpoint(folder, family, dtype=torch.float32, **overrides):
-    """A random checkpoint in the official layout, in two shards with an index. Returns its tensors."""
+    """A random checkpoint in the official layout, in two shards with an index: {name: tensor}."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, g = {**CONFIGS[family], **overrides}, torch.Generator().manual_seed(0)
-    tensors = {k: (torch.randn(s, generator=g) * 0.2 + (1.0 if len(s) == 1 and k.endswith("weight") else 0.0)).to(dtype)
-               for k, s in official_keys(family, config).items()}
-    names, weight_map = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2]), 1):             # every second tensor: shards do not follow the layers
+    config = {**CONFIGS[family], **overrides}
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, shape in official_keys(family, config).items():
+        is_norm = len(shape) == 1 and key.endswith("weight")
+        tensors[key] = (torch.randn(shape, generator=g) * 0.2 + is_norm).to(dtype)
+    # Every second tensor goes to the same shard: shards need not follow the layers.
+    weight_map = {}
+    for number in (1, 2):
+        names = sorted(tensors)[number - 1::2]
         file = f"model-{number:05}-of-00002.safetensors"
-        save_file({k: tensors[k] for k in part}, folder / file)
-        weight_map |= {k: file for k in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        save_file({k: tensors[k] for k in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
 
 
-def independent_model(family, tensors, folder):
-    """The same weights in a model of transformers, which attends fully because it is given an all-zero additive mask."""
+SHARED_SIZES = dict(vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    attn_implementation="eager", max_position_embeddings=128)
+
+
+def as_llama(tensors, folder):
+    """LLaDA is a Llama but for its names, which are told apart here by their parts."""
     import transformers
-    common = dict(vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, attn_implementation="eager", max_position_embeddings=128)
-    if family == "llada":
-        rename = {"wte": "embed_tokens", "ln_f": "norm", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
-                  "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
-                  "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
-        state = {".".join(rename.get(part, part) for part in k.replace("transformer.", "").split(".")): v for k, v in tensors.items()}
-        state["lm_head.weight"] = state.pop("model.mlp.down_proj.weight")
-        config = transformers.LlamaConfig(**common, num_key_value_heads=4, intermediate_size=96, rms_norm_eps=1e-5, rope_theta=500000.0)
-        other = transformers.LlamaForCausalLM(config)
-        other.load_state_dict(state)
-    elif family == "dream":
-        config = transformers.Qwen2Config(**common, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-6, rope_theta=1000000.0)
-        other = transformers.Qwen2ForCausalLM(config)
-        other.load_state_dict(tensors)
-    else:
-        config = transformers.Qwen3MoeConfig(**common, num_key_value_heads=4, head_dim=16, moe_intermediate_size=24, num_experts=8,
-                                             num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5, rope_theta=50000.0,
-                                             intermediate_size=24, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[])
-        target = folder / "as_qwen3_moe"
-        target.mkdir()
-        config.save_pretrained(target)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        other = transformers.Qwen3MoeForCausalLM.from_pretrained(target, attn_implementation="eager", dtype=next(iter(tensors.values())).dtype)
-    return other.to(next(iter(tensors.values())).dtype).eval()
+    ours_to_llama = {
+        "wte": "embed_tokens", "ln_f": "norm", "blocks": "layers",
+        "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+        "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+        "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+        "ff_out": "mlp.down_proj"}
+    state = {}
+    for key, tensor in tensors.items():
+        parts = key.replace("transformer.", "").split(".")
+        state[".".join(ours_to_llama.get(part, part) for part in parts)] = tensor
+    # "ff_out" is used twice: outside the blocks it is the head.
+    state["lm_head.weight"] = state.pop("model.mlp.down_proj.weight")
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **SHARED_SIZES, num_key_value_heads=4, intermediate_size=96, rms_norm_eps=1e-5,
+        rope_theta=500000.0))
+    other.load_state_dict(state)
+    return other
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def as_qwen2(tensors, folder):
+    import transformers
+    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        **SHARED_SIZES, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-6,
+        rope_theta=1000000.0))
+    other.load_state_dict(tensors)
+    return other
+
+
+def as_qwen3_moe(tensors, folder):
+    """Through a file: transformers 5 fuses the experts of a checkpoint while it loads it."""
+    import transformers
+    config = transformers.Qwen3MoeConfig(
+        **SHARED_SIZES, num_key_value_heads=4, head_dim=16, moe_intermediate_size=24,
+        num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5,
+        rope_theta=50000.0, intermediate_size=24, attention_bias=False, decoder_sparse_step=1,
+        mlp_only_layers=[])
+    target = folder / "as_qwen3_moe"
+    target.mkdir()
+    config.save_pretrained(target)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    dtype = next(iter(tensors.values())).dtype
+    return transformers.Qwen3MoeForCausalLM.from_pretrained(
+        target, attn_implementation="eager", dtype=dtype)
+
+
+def independent_model(family, tensors, folder):
+    """The same weights in a model of transformers. Its decoders are causal by default; an all-zero
+    additive mask makes them attend fully."""
+    build = {"llada": as_llama, "dream": as_qwen2, "llada_moe": as_qwen3_moe}[family]
+    dtype = next(iter(tensors.values())).dtype
+    return build(tensors, folder).to(dtype).eval()
+
+
+# --------------------------------------------------------------------------------------------------
 # 1. backbone.py
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(tmp_path, family, dtype, tolerance):
+def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(
+        tmp_path, family, dtype, tolerance):
     tensors = write_checkpoint(tmp_path / "checkpoint", family, dtype)
-    model, other = load_backbone(tmp_path / "checkpoint", "cpu"), independent_model(family, tensors, tmp_path)
+    model = load_backbone(tmp_path / "checkpoint", "cpu")
+    other = independent_model(family, tensors, tmp_path)
     ids = torch.randint(0, 80, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model(ids)
-        theirs = other(input_ids=ids, attention_mask=torch.zeros(2, 1, 11, 11, dtype=dtype)).logits
-    if family == "dream":                                                   # the sampler's shift: position 0 keeps its own
+        full = torch.zeros(2, 1, 11, 11, dtype=dtype)
+        theirs = other(input_ids=ids, attention_mask=full).logits
+    # Dream's sampler shifts the logits by one position; position 0 keeps its own.
+    if family == "dream":
         theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], dim=1)
     assert model.dtype == dtype
     error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
     assert error < tolerance
 
 
-@pytest.mark.parametrize("family, parameters", [("llada", 8_015_581_184), ("dream", 7_615_616_512), ("llada_moe", 7_356_880_896)])
-def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(family, parameters):
+@pytest.mark.parametrize("family, parameters, mask_id", [
+    ("llada", 8_015_581_184, 126336),
+    ("dream", 7_615_616_512, 151666),
+    ("llada_moe", 7_356_880_896, 156895)])
+def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(
+        family, parameters, mask_id):
     cfg = bb.config_from_json(REAL[family])
     with torch.device("meta"):
         model = Backbone(cfg)
     assert sum(p.numel() for p in model.parameters()) == parameters
     ours = {bb.official_name(n, family): tuple(p.shape) for n, p in model.named_parameters()}
     assert ours == official_keys(family, REAL[family])
-    assert cfg.mask_id == {"llada": 126336, "dream": 151666, "llada_moe": 156895}[family]
+    assert cfg.mask_id == mask_id
 
 
-@pytest.mark.parametrize("options", [dict(), dict(conv_width=0, shift=True, n_kv_heads=1), dict(conv_width=0, n_experts=4, experts_per_token=2, qk_norm=True)])
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(conv_width=0, shift=True, n_kv_heads=1),
+    dict(MIXTURE, qk_norm=True)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
-    model, row = random_backbone(**options), torch.randint(3, 40, (1, 9))
-    pads = torch.zeros(1, 5, dtype=torch.long)
-    ids = torch.cat([pads, row] if side == "left" else [row, pads], 1)
-    attend = torch.cat([pads.bool(), row >= 0] if side == "left" else [row >= 0, pads.bool()], 1)
-    ids, attend = torch.cat([ids, torch.randint(3, 40, (1, 14))]), torch.cat([attend, torch.ones(1, 14, dtype=torch.bool)])
-    torch.testing.assert_close(model(ids, attend)[0][attend[0]], model(row)[0], atol=1e-5, rtol=1e-4)
-    assert torch.equal(model(ids, attend.long()), model(ids, attend))       # a tokenizer's 0/1 mask does as well
+    model = random_backbone(**options)
+    row = torch.randint(3, 40, (1, 9))
+    row_ids = F.pad(row, (5, 0) if side == "left" else (0, 5))                      # (1, 14)
+    row_attend = F.pad(row >= 0, (5, 0) if side == "left" else (0, 5))
+    ids = torch.cat([row_ids, torch.randint(3, 40, (1, 14))])                       # (2, 14)
+    attend = torch.cat([row_attend, torch.ones(1, 14, dtype=torch.bool)])
+    together = model(ids, attend)[0][attend[0]]                                     # (9, V)
+    torch.testing.assert_close(together, model(row)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_slices_of_layers_compose_to_the_whole_and_the_head_can_run_on_chosen_positions(model):
-    ids, at = torch.randint(3, 40, (2, 7)), torch.rand(2, 7) < 0.5
+def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, batch):
+    assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
+
+
+def test_slices_of_layers_compose_to_the_whole(model):
+    ids = torch.randint(3, 40, (2, 7))
     ctx = model.context(ids)
-    h = model.run(model.run(model.embed(ids), ctx, 0, 2), ctx, 2)
+    h = model.run(model.embed(ids), ctx, 0, 2)
+    h = model.run(h, ctx, 2)
     assert torch.equal(model.head(h, ctx), model(ids))
+
+
+def test_the_head_on_chosen_positions_gives_the_logits_of_the_whole_there(model):
+    ids = torch.randint(3, 40, (2, 7))
+    at = torch.rand(2, 7) < 0.5
     torch.testing.assert_close(model(ids, at=at), model(ids)[at])
 
 
@@ -219,152 +331,271 @@ def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
     assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).bias is None
 
 
-def test_tiny_tokenizer_round_trips_and_names_unknown_words(tmp_path):
+def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
     tokenizer = load_tokenizer("tiny")
     text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
     assert tokenizer.decode(bb.encode(tokenizer, text)) == text
+
+
+def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
+    tokenizer = load_tokenizer("tiny")
+    ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
     cfg = BackboneConfig()
-    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
+    assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
+
+
+def test_words_outside_the_closed_vocabulary_are_named():
     with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
-        bb.encode(tokenizer, "the hello sky world")
-
-
-LLADA_TEMPLATE = ("{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim "
-                  "+ '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")  # whatever add_generation_prompt says
-
-
-def byte_level_files(folder, specials):
-    """vocab.json and merges.txt of a byte-level BPE without merges, as Dream ships them (it has no tokenizer.json)."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}))
-    (folder / "added_tokens.json").write_text(json.dumps({s: len(vocabulary) + i for i, s in enumerate(specials)}))
+        bb.encode(load_tokenizer("tiny"), "the hello sky world")
 
 
 def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path):
+    """Dream ships vocab.json and merges.txt and no tokenizer.json; here a BPE without merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
     write_checkpoint(tmp_path, "dream")
-    byte_level_files(tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"])
+    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+    added = {s: len(vocabulary) + i for i, s in enumerate(specials)}
+    config = {"tokenizer_class": "DreamTokenizer",
+              "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     tokenizer = load_tokenizer(tmp_path)
-    assert type(tokenizer).__name__.startswith("Qwen2") and tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
+    assert type(tokenizer).__name__.startswith("Qwen2")
+    assert tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
 
 
-def test_llada_chat_template_opens_a_turn_for_sampling_and_is_cut_for_training():
+# LLaDA's template opens the assistant's turn whatever add_generation_prompt says.
+LLADA_TEMPLATE = (
+    "{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+LLADA_TURNS = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.fixture
+def llada_chat():
+    """A byte-level tokenizer with LLaDA's special tokens and chat template, and a configuration."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=LLADA_TEMPLATE)
-    ids = {s: tokenizer.convert_tokens_to_ids(s) for s in ("<|eot_id|>", "<|endoftext|>", "<|mdm_mask|>")}
-    cfg = BackboneConfig(family="llada", vocab_size=300, conv_width=0, chat=True, mask_id=ids["<|mdm_mask|>"], eos_id=ids["<|endoftext|>"], eot_id=ids["<|eot_id|>"])
-    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    question = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
-    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == question + header
-    prompt, response = bb.encode_pair(tokenizer, cfg, {"prompt": "how far?", "response": "72 km"})
-    assert tokenizer.decode(prompt) == question + header and tokenizer.decode(response) == "72 km<|eot_id|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>",
+                            "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=LLADA_TEMPLATE)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in
+           dict(eot_id="<|eot_id|>", eos_id="<|endoftext|>", mask_id="<|mdm_mask|>").items()}
+    cfg = BackboneConfig(family="llada", vocab_size=300, conv_width=0, chat=True, **ids)
+    return tokenizer, cfg
+
+
+def test_a_chat_prompt_ends_with_an_open_turn_of_the_assistant(llada_chat):
+    tokenizer, cfg = llada_chat
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == LLADA_TURNS
+
+
+def test_a_chat_pair_is_the_open_turn_and_a_response_that_ends_it(llada_chat):
+    tokenizer, cfg = llada_chat
+    pair = {"prompt": "how far?", "response": "72 km"}
+    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
+    assert texts == [LLADA_TURNS, "72 km<|eot_id|>"]
+
+
+def test_without_chat_a_prompt_is_its_own_text_and_a_response_ends_with_end_of_text(llada_chat):
+    tokenizer, cfg = llada_chat
     cfg.chat = False
+    pair = {"prompt": "how far?", "response": "72 km"}
+    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
+    assert texts == ["how far?", "72 km<|endoftext|>"]
     assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
-    assert tokenizer.decode(bb.encode_pair(tokenizer, cfg, {"prompt": "how far?", "response": "72 km"})[1]) == "72 km<|endoftext|>"
 
 
-def test_corrupt_masks_at_rate_t_never_what_is_given_and_nests():
-    x0, g = torch.randint(3, 40, (400, 100)), torch.Generator().manual_seed(0)
-    given, u = torch.rand(400, 100, generator=g) < 0.3, torch.rand(400, 100, generator=g)
-    t = torch.full((400,), 0.4)
-    xt, masked = corrupt(x0, t, given, 1, u)
+@pytest.fixture
+def noise():
+    """x0, given, u (400, 100), enough tokens to count."""
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randint(3, 40, (400, 100), generator=g)
+    given = torch.rand(400, 100, generator=g) < 0.3
+    return x0, given, torch.rand(400, 100, generator=g)
+
+
+def test_corrupt_masks_at_rate_t(noise):
+    x0, given, u = noise
+    _, masked = corrupt(x0, torch.full((400,), 0.4), given, 1, u)
     n = (~given).sum()
     assert abs(masked.sum() / n - 0.4) < 4 * math.sqrt(0.4 * 0.6 / n)
-    assert torch.equal(xt[~masked], x0[~masked]) and (xt[masked] == 1).all() and not (masked & given).any()
-    assert not (masked & ~corrupt(x0, 1.5 * t, given, 1, u)[1]).any()       # the pre-anchor state masks a superset
-    assert torch.equal(corrupt(x0, 1 + 0 * t, given, 1, u)[1], ~given)      # t = 1: all that is not given
-    assert torch.equal(corrupt(x0, 0 * t, given, 1, u)[0], x0)              # t = 0: clean
 
 
-def test_loss_equals_a_hand_computed_case():
-    """Two rows of two tokens, three masked, four maskable; p(x0) = 1/2, 1/4, 1/4; t = 0.5, 1: (2 ln 2 + ln 4 + ln 4) / 4."""
-    x0, masked = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, False], [True, True]])
-    logits = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]]).log()
-    weighted = masked_loss(logits, x0, masked, 1 / torch.tensor([0.5, 1.0]), 4)
-    assert weighted.item() == pytest.approx((2 * math.log(2) + 2 * math.log(4)) / 4)
-    assert masked_loss(logits, x0, masked, torch.ones(2), 4).item() == pytest.approx((math.log(2) + 2 * math.log(4)) / 4)
+def test_corrupt_puts_the_mask_where_it_says_and_never_on_what_is_given(noise):
+    x0, given, u = noise
+    xt, masked = corrupt(x0, torch.full((400,), 0.4), given, 1, u)
+    assert torch.equal(xt[~masked], x0[~masked])
+    assert (xt[masked] == 1).all()
+    assert not (masked & given).any()
+
+
+def test_a_larger_t_masks_a_superset(noise):
+    x0, given, u = noise
+    _, masked = corrupt(x0, torch.full((400,), 0.4), given, 1, u)
+    _, more = corrupt(x0, torch.full((400,), 0.6), given, 1, u)
+    assert not (masked & ~more).any()
+
+
+def test_at_t_1_all_that_is_not_given_is_masked_and_at_t_0_nothing(noise):
+    x0, given, u = noise
+    assert torch.equal(corrupt(x0, torch.ones(400), given, 1, u)[1], ~given)
+    assert torch.equal(corrupt(x0, torch.zeros(400), given, 1, u)[0], x0)
+
+
+@pytest.mark.parametrize("weight, expected", [
+    ([2.0, 1.0], (2 * math.log(2) + 2 * math.log(4)) / 4),
+    ([1.0, 1.0], (math.log(2) + 2 * math.log(4)) / 4)])
+def test_loss_equals_a_hand_computed_case(weight, expected):
+    """Two rows of two tokens, three of the four masked; p(x0) = 1/2, 1/4, 1/4."""
+    x0 = torch.tensor([[0, 1], [1, 0]])
+    masked = torch.tensor([[True, False], [True, True]])
+    logits = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]]).log()           # (N, V)
+    loss = masked_loss(logits, x0, masked, torch.tensor(weight), 4)
+    assert loss.item() == pytest.approx(expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, batch):
-    grads = []
-    for on in (False, True):
-        model.checkpointing = on
-        model.requires_grad_(True).zero_grad()
-        masked_loss(model(batch.x0, batch.attend, ~batch.given), batch.x0, ~batch.given, torch.ones(4), 24).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    model.requires_grad_(True)
+    masked = ~batch.given
+
+    def gradients(checkpointing):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        logits = model(batch.x0, batch.attend, masked)
+        masked_loss(logits, batch.x0, masked, torch.ones(4), 24).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
 
 
-def test_checkpoints_survive_a_round_trip_and_bad_ones_are_named(tmp_path):
+def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
     model = random_backbone(vocab_size=139)
-    bb.save_backbone(model, tmp_path / "a", load_tokenizer("tiny"))
+    bb.save_backbone(model, tmp_path, load_tokenizer("tiny"))
     ids = torch.randint(3, 40, (2, 7))
-    assert torch.equal(load_backbone(tmp_path / "a", "cpu")(ids), model(ids))
-    assert load_tokenizer(tmp_path / "a").mask_token_id == 1
+    assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
+    assert load_tokenizer(tmp_path).mask_token_id == 1
 
-    vocabulary = (tmp_path / "a/tokenizer.json").read_text()
-    (tmp_path / "a/tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
+
+def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
+    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, load_tokenizer("tiny"))
+    vocabulary = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
     with pytest.raises(ValueError, match="another vocabulary"):
-        load_tokenizer(tmp_path / "a")
+        load_tokenizer(tmp_path)
 
-    def broken(change, message, family="llada"):
-        folder = tmp_path / f"broken{len(list(tmp_path.iterdir()))}"
-        tensors = write_checkpoint(folder, family)
-        change(folder, tensors)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            load_backbone(folder, "cpu")
 
-    def config(**changes):
-        return lambda folder, _: (folder / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
+def truncate(folder, tensors):
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
 
-    def truncate(folder, _):
-        shard = folder / "model-00002-of-00002.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-100])
 
-    def drop(folder, tensors):
-        save_file({k: v for k, v in tensors.items() if "ln_f" not in k}, folder / "model.safetensors")
-        (folder / "model.safetensors.index.json").unlink()
-    broken(truncate, "truncated or corrupted")
-    broken(drop, "missing model.transformer.ln_f.weight")
-    broken(config(n_layers=1), "unexpected model.transformer.blocks.1")
-    broken(config(mlp_hidden_size=95), "has shape")
-    broken(config(weight_tying=True), "weight_tying = True is not supported")
-    broken(config(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported")
-    broken(config(architectures=["LLaDA2MoeModelLM"]), "not supported")
-    broken(lambda folder, _: (folder / "config.json").unlink(), "config.json is missing")
-    broken(lambda folder, _: (folder / "config.json").write_text("{"), "not valid JSON")
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
+def leave_out_the_last_norm(folder, tensors):
+    kept = {k: v for k, v in tensors.items() if "ln_f" not in k}
+    save_file(kept, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def remove_the_config(folder, tensors):
+    (folder / "config.json").unlink()
+
+
+def break_the_config(folder, tensors):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (truncate, "truncated or corrupted"),
+    (leave_out_the_last_norm, "missing model.transformer.ln_f.weight"),
+    (remove_the_config, "config.json is missing"),
+    (break_the_config, "not valid JSON")])
+def test_a_damaged_checkpoint_is_refused_and_the_damage_named(tmp_path, damage, message):
+    damage(tmp_path, write_checkpoint(tmp_path, "llada"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_layers=1), "unexpected model.transformer.blocks.1"),
+    (dict(mlp_hidden_size=95), "has shape"),
+    (dict(weight_tying=True), "weight_tying = True is not supported"),
+    (dict(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported"),
+    (dict(architectures=["LLaDA2MoeModelLM"]), "not supported")])
+def test_a_config_that_does_not_fit_is_refused_and_the_entry_named(tmp_path, changes, message):
+    write_checkpoint(tmp_path, "llada")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder at .*nowhere"):
         load_backbone(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_adapters_round_trip_in_the_peft_layout_and_equal_merged_weights(tmp_path, family):
-    write_checkpoint(tmp_path / "base", family)
-    model, ids = load_backbone(tmp_path / "base", "cpu").add_lora(4, 8), torch.randint(0, 60, (2, 7))
-    before = model(ids).detach()
-    assert torch.equal(before, load_backbone(tmp_path / "base", "cpu")(ids))  # B = 0: nothing changes
+def random_adapter(base):
+    """The backbone in `base` with a rank-4 LoRA whose B is no longer zero."""
+    model = load_backbone(base, "cpu").add_lora(4, 8)
     torch.manual_seed(0)
-    for n, p in model.named_parameters():
-        if "lora_B" in n:
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
             p.data.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_new_adapter_changes_no_logit(tmp_path, family):
+    write_checkpoint(tmp_path, family)
+    ids = torch.randint(0, 60, (2, 7))
+    plain = load_backbone(tmp_path, "cpu")(ids)
+    assert torch.equal(load_backbone(tmp_path, "cpu").add_lora(4, 8)(ids), plain)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_saved_adapter_gives_the_same_logits_and_not_its_bases(tmp_path, family):
+    write_checkpoint(tmp_path / "base", family)
+    model = random_adapter(tmp_path / "base")
     bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    loaded = load_backbone(tmp_path / "adapter", "cpu")
-    assert torch.equal(loaded(ids), model(ids)) and not torch.equal(loaded(ids), before)
-    merged = load_backbone(tmp_path / "base", "cpu")
-    for (name, m), (_, plain) in zip(model.named_modules(), [x for x in merged.named_modules()]):
-        if isinstance(m, bb.Linear) and m.lora_rank:
-            plain.weight.data += 2 * m.lora_B.data @ m.lora_A.data          # alpha / r = 2
+    ids = torch.randint(0, 60, (2, 7))
+    loaded = load_backbone(tmp_path / "adapter", "cpu")(ids)
+    assert torch.equal(loaded, model(ids))
+    assert not torch.equal(loaded, load_backbone(tmp_path / "base", "cpu")(ids))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_equals_weights_to_which_it_was_added(tmp_path, family):
+    write_checkpoint(tmp_path, family)
+    model = random_adapter(tmp_path)
+    merged = load_backbone(tmp_path, "cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, bb.Linear) and module.lora_rank:
+            change = 8 / 4 * module.lora_B.data @ module.lora_A.data                # alpha / r
+            merged.get_submodule(name).weight.data += change
+    ids = torch.randint(0, 60, (2, 7))
     torch.testing.assert_close(merged(ids), model(ids), atol=1e-4, rtol=1e-4)
-    pattern = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"]
-    linear = {k.removesuffix(".weight") for k, s in official_keys(family, CONFIGS[family]).items() if len(s) == 2 and "wte" not in k and "embed" not in k}
-    head = {"llada": "model.transformer.ff_out"}.get(family, "lm_head")
-    assert {k for k in linear if re.fullmatch(pattern, k)} == linear - {head}  # PEFT matches target_modules with fullmatch
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tmp_path, family):
+    """PEFT matches target_modules with fullmatch."""
+    write_checkpoint(tmp_path, family)
+    bb.save_adapter(random_adapter(tmp_path), tmp_path / "adapter", tmp_path)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    matrices = {key.removesuffix(".weight") for key, shape
+                in official_keys(family, CONFIGS[family]).items() if len(shape) == 2}
+    found = {name for name in matrices if re.fullmatch(config["target_modules"], name)}
+    if family == "llada":
+        assert matrices - found == {"model.transformer.wte", "model.transformer.ff_out"}
+    else:
+        assert matrices - found == {"model.embed_tokens", "lm_head"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
