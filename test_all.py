@@ -598,210 +598,312 @@ def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tm
         assert matrices - found == {"model.embed_tokens", "lm_head"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. sample.py, against references written from the description of the official samplers
 
-def reference_llada(model, prompt, gen, steps, block, temperature=0.0, cfg=0.0, remasking="low_confidence"):
-    x = torch.cat([prompt, torch.full((len(prompt), gen), model.cfg.mask_id)], 1)
-    fixed, M = x != model.cfg.mask_id, model.cfg.mask_id
-    for b in range(gen // block):
-        end, S = prompt.shape[1] + (b + 1) * block, steps // (gen // block)
-        n = (x[:, end - block:end] == M).sum(1)
+def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0, cfg=0.0,
+                    remasking="low_confidence"):
+    """prompt (B, P) -> the answer (B, gen_length)."""
+    mask_id, B = model.cfg.mask_id, len(prompt)
+    x = torch.cat([prompt, torch.full((B, gen_length), mask_id)], 1)                # (B, L)
+    fixed = x != mask_id
+    blocks = gen_length // block_length
+    for end in range(prompt.shape[1] + block_length, x.shape[1] + 1, block_length):
+        S = steps // blocks
+        n = (x[:, end - block_length:end] == mask_id).sum(1)                        # (B,)
         for s in range(S):
-            logits = model(x)
+            logits = model(x)                                                       # (B, L, V)
             if cfg > 0:
-                free = model(torch.where(fixed, M, x))
+                free = model(torch.where(fixed, mask_id, x))
                 logits = free + (cfg + 1) * (logits - free)
             noisy = logits
             if temperature > 0:
-                noisy = logits.double().exp() / (-torch.rand_like(logits, dtype=torch.float64).log()) ** temperature
-            token = noisy.argmax(-1)
-            p = logits.softmax(-1).gather(-1, token[..., None])[..., 0] if remasking == "low_confidence" else torch.rand(x.shape)
+                gumbel = -torch.rand_like(logits, dtype=torch.float64).log()
+                noisy = logits.double().exp() / gumbel ** temperature
+            token = noisy.argmax(-1)                                                # (B, L)
+            if remasking == "low_confidence":
+                p = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+            else:
+                p = torch.rand(x.shape)
             p[:, end:] = -torch.inf
-            p = torch.where(x == M, p, -torch.inf)
-            for row in range(len(x)):
-                top = torch.topk(p[row], int(n[row] // S + (s < n[row] % S))).indices
+            p = torch.where(x == mask_id, p, -torch.inf)
+            for row in range(B):
+                quota = int(n[row] // S + (s < n[row] % S))
+                top = torch.topk(p[row], quota).indices
                 x[row, top] = token[row, top]
     return x[:, prompt.shape[1]:]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.7), dict(cfg=1.5), dict(remasking="random", temperature=0.5), dict(steps=6, block_length=4),
-                                     dict(steps=6, block_length=12), dict(block_length=3, temperature=0.3, cfg=0.5)])
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(temperature=0.7),
+    dict(cfg=1.5),
+    dict(remasking="random", temperature=0.5),
+    dict(steps=6, block_length=4),
+    dict(steps=6, block_length=12),
+    dict(block_length=3, temperature=0.3, cfg=0.5)])
 def test_llada_sampler_is_token_identical_to_the_official_description(model, options):
     options = {"gen_length": 12, "steps": 12, "block_length": 6, **options}
     prompt = torch.randint(3, 40, (3, 5))
     torch.manual_seed(5)
     ours = sample.generate(model, prompt, stop_early=False, **options)
     torch.manual_seed(5)
-    theirs = reference_llada(model, prompt, options["gen_length"], options["steps"], options["block_length"],
-                             *(options.get(k, d) for k, d in (("temperature", 0.0), ("cfg", 0.0), ("remasking", "low_confidence"))))
-    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, reference_llada(model, prompt, **options))
 
 
-def reference_dream(model, prompt, gen, steps, alg, temperature=0.0, top_p=None, top_k=None, alg_temp=None):
-    M = model.cfg.mask_id
-    x, time = torch.cat([prompt, torch.full((len(prompt), gen), M)], 1), torch.linspace(1, 1e-3, steps + 1)
+def reference_dream_token(logits, temperature, top_p, top_k):
+    """logits (N, V) -> a token each (N,) and the distribution it came from (N, V)."""
+    lowest = torch.finfo(logits.dtype).min
+    if temperature > 0:
+        logits = logits / temperature
+    if top_p is not None:
+        value, index = logits.sort(descending=True)
+        remove = value.softmax(-1).cumsum(-1) > top_p
+        remove[:, 1:] = remove[:, :-1].clone()
+        remove[:, 0] = False
+        for row in range(len(logits)):
+            logits[row, index[row][remove[row]]] = lowest
+    if top_k is not None:
+        logits[logits < logits.topk(top_k).values[:, -1:]] = lowest
+    probs = logits.softmax(-1)
+    if temperature > 0 and len(probs):
+        return torch.distributions.Categorical(probs).sample(), probs
+    return probs.argmax(-1), probs
+
+
+def reference_dream(model, prompt, gen_length, steps, alg, temperature=0.0, top_p=None,
+                    top_k=None, alg_temp=None):
+    """prompt (B, P) -> the answer (B, gen_length)."""
+    mask_id, B = model.cfg.mask_id, len(prompt)
+    x = torch.cat([prompt, torch.full((B, gen_length), mask_id)], 1)                # (B, L)
+    time = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
-        masks, t, s = x == M, time[i], time[i + 1]
-        logits = model(x)[masks]
-        move = torch.rand(len(logits)) < (1 - s / t if i < steps - 1 else 1.0) if alg == "origin" else torch.ones(len(logits), dtype=torch.bool)
-        logits = logits[move]
-        if temperature > 0:
-            logits = logits / temperature
-        if top_p is not None:
-            value, index = logits.sort(descending=True)
-            remove = value.softmax(-1).cumsum(-1) > top_p
-            remove[:, 1:], remove[:, 0] = remove[:, :-1].clone(), False
-            for r in range(len(logits)):
-                logits[r, index[r][remove[r]]] = torch.finfo(logits.dtype).min
-        if top_k is not None:
-            logits[logits < logits.topk(top_k).values[:, -1:]] = torch.finfo(logits.dtype).min
-        probs = logits.softmax(-1)
-        token = torch.distributions.Categorical(probs).sample() if temperature > 0 and len(probs) else probs.argmax(-1)
+        masks = x == mask_id
+        share = 1 - time[i + 1] / time[i] if i < steps - 1 else 1.0
+        logits = model(x)[masks]                                                    # (N, V)
         if alg == "origin":
-            values = torch.full((len(move),), M)
-            values[move] = token
+            move = torch.rand(len(logits)) < share
+            values = torch.full((len(move),), mask_id)
+            values[move], _ = reference_dream_token(logits[move], temperature, top_p, top_k)
             x[masks] = values
             continue
-        ordered = probs.sort(descending=True).values
-        confidence = {"maskgit_plus": probs.gather(1, token[:, None])[:, 0], "topk_margin": ordered[:, 0] - ordered[:, 1],
-                      "entropy": (probs * (probs + 1e-10).log()).sum(-1)}[alg]
-        number = int(masks.sum() / len(x) * (1 - s / t)) if i < steps - 1 else int(masks.sum() / len(x))
-        full, tokens = torch.full(x.shape, -torch.inf), torch.full(x.shape, M)
-        full[masks], tokens[masks] = confidence, token
-        if number:
-            chosen = torch.multinomial((full / alg_temp).softmax(-1), number) if alg_temp else full.topk(number).indices
-            x.scatter_(1, chosen, tokens.gather(1, chosen))
+        token, probs = reference_dream_token(logits, temperature, top_p, top_k)
+        first, second = probs.topk(2).values.T
+        confidence = {"maskgit_plus": probs.gather(1, token[:, None])[:, 0],
+                      "topk_margin": first - second,
+                      "entropy": (probs * (probs + 1e-10).log()).sum(-1)}[alg]      # (N,)
+        number = int(masks.sum() / B * share)
+        if number == 0:
+            continue
+        full = torch.full(x.shape, -torch.inf)
+        full[masks] = confidence
+        tokens = torch.full(x.shape, mask_id)
+        tokens[masks] = token
+        if alg_temp:
+            chosen = torch.multinomial((full / alg_temp).softmax(-1), number)
+        else:
+            chosen = full.topk(number).indices
+        x.scatter_(1, chosen, tokens.gather(1, chosen))
     return x[:, prompt.shape[1]:]
 
 
 @pytest.mark.parametrize("alg", sample.DREAM_ORDERS)
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.4, top_p=0.9), dict(temperature=0.4, top_k=5, alg_temp=0.3), dict(top_k=3), dict(steps=5)])
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(temperature=0.4, top_p=0.9),
+    dict(temperature=0.4, top_k=5, alg_temp=0.3),
+    dict(top_k=3),
+    dict(steps=5)])
 def test_dream_sampler_is_token_identical_to_the_official_description(alg, options):
-    model, prompt = random_backbone(conv_width=0, shift=True), torch.randint(3, 40, (2, 5))
+    model = random_backbone(conv_width=0, shift=True)
+    prompt = torch.randint(3, 40, (2, 5))
     options = {"steps": 10, **options}
     torch.manual_seed(3)
-    ours = sample.generate(model, prompt, gen_length=10, block_length=10, remasking=alg, stop_early=False, **options)
+    ours = sample.generate(model, prompt, gen_length=10, block_length=10, remasking=alg,
+                           stop_early=False, **options)
     torch.manual_seed(3)
-    assert torch.equal(ours, reference_dream(model, prompt, 10, options.pop("steps"), alg, **options))
+    assert torch.equal(ours, reference_dream(model, prompt, 10, alg=alg, **options))
 
 
-def test_schedules_equal_the_published_vectors():
-    assert sample.split_evenly(torch.tensor([32]), 12).tolist() == [[3] * 8 + [2] * 4]
-    assert sample.split_evenly(torch.tensor([8]), 12).tolist() == [[1] * 8 + [0] * 4]
-
-    def dream(N, S):                                                        # tokens committed at each step by Dream's fp32 schedule
-        at, counts = torch.ones(1, N, dtype=torch.bool), []
-        for step in range(S):
-            new, _ = sample.choose_dream(torch.randn(int(at.sum()), 5), at, step, S, "entropy", 0.0, None, None, None)
-            counts.append(int(new.sum()))
-            at = at & ~new
-            if not at.any():
-                break
-        return counts
-    assert dream(32, 32) == [0] + [1] * 30 + [2] and dream(128, 128) == [0] + [1] * 126 + [2]
-    assert dream(128, 64) == [1] + [2] * 62 + [3] and dream(128, 32) == [3] + [4] * 30 + [5]
+@pytest.mark.parametrize("masks, quota", [(32, [3] * 8 + [2] * 4), (8, [1] * 8 + [0] * 4)])
+def test_llada_shares_out_its_masks_over_12_steps_as_published(masks, quota):
+    assert sample.split_evenly(torch.tensor([masks]), 12).tolist() == [quota]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(block_length=3), dict(threshold=0.2), dict(cfg=0.7), dict(remasking="entropy")])
+@pytest.mark.parametrize("masks, steps, expected", [
+    (32, 32, [0] + [1] * 30 + [2]),
+    (128, 128, [0] + [1] * 126 + [2]),
+    (128, 64, [1] + [2] * 62 + [3]),
+    (128, 32, [3] + [4] * 30 + [5])])
+def test_dreams_fp32_schedule_commits_the_published_number_of_tokens_at_each_step(
+        masks, steps, expected):
+    at = torch.ones(1, masks, dtype=torch.bool)
+    counts = []
+    for step in range(steps):
+        logits = torch.randn(int(at.sum()), 5)                                      # (N, V)
+        new, _ = sample.choose_dream(logits, at, step, steps, "entropy", 0.0, None, None, None)
+        counts.append(int(new.sum()))
+        at = at & ~new
+    assert counts == expected
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(block_length=3),
+    dict(threshold=0.2),
+    dict(cfg=0.7),
+    dict(remasking="entropy")])
 def test_ragged_prompts_decode_as_each_prompt_alone(model, options):
     prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 1)]
     options = {"gen_length": 6, "steps": 6, "block_length": 6, **options}
     together = sample.generate(model, prompts, **options)
-    assert torch.equal(together, torch.cat([sample.generate(model, [p], **options) for p in prompts]))
+    alone = [sample.generate(model, [p], **options) for p in prompts]
+    assert torch.equal(together, torch.cat(alone))
 
 
-def test_threshold_decoding_commits_all_sure_tokens_and_at_least_one(model):
+@pytest.mark.parametrize("threshold, steps, commits", [(0.0, 8, [8]), (1.1, 1, [1] * 8)])
+def test_threshold_decoding_commits_all_sure_tokens_and_at_least_one(
+        model, threshold, steps, commits):
     seen = []
-    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=8, block_length=8, threshold=0.0, on_step=lambda xt, new, s: seen.append(int(new.sum())))
-    assert seen == [8]                                                      # everything is at least 0 sure: one pass
-    seen.clear()
-    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=1, block_length=8, threshold=1.1, stop_early=False,
-                    on_step=lambda xt, new, s: seen.append(int(new.sum())))
-    assert seen == [1] * 8
+
+    def count(xt, new, state):
+        seen.append(int(new.sum()))
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=steps,
+                    block_length=8, threshold=threshold, stop_early=False, on_step=count)
+    assert seen == commits
 
 
-def test_end_of_text_can_be_allowed_put_last_or_forbidden_and_ends_a_row(model):
-    eos, prompt = model.cfg.eos_id, torch.randint(3, 40, (4, 5))
-    model.lm_head.weight.data[eos] += 3 * model.lm_head.weight.data[7:20].mean(0)
+class Eager:
+    """A predictor that wants end-of-text everywhere; `memory` is what sample.generate takes."""
+    calls = 0
 
-    class Eager:                                                            # a predictor that wants end-of-text everywhere
-        calls = 0
+    def memory(self, backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            self.calls += 1
+            logits = backbone(xt, attend, at)                                       # (N, V)
+            logits[:, backbone.cfg.eos_id] = logits.max() + 1
+            return logits, state
+        return predict, None
 
-        def memory(self, backbone, xt, attend, start):
-            def predict(xt, t, state, at):
-                Eager.calls += 1
-                logits = backbone(xt, attend, at)
-                logits[:, eos] = logits.max() + 1 + torch.arange(len(logits)) % 2
-                return logits, state
-            return predict, None
-    settings = dict(gen_length=6, steps=6, block_length=6, memory=Eager().memory)
-    assert (sample.generate(model, prompt, eos="allow", **settings) == eos).all()
-    assert not (sample.generate(model, prompt, eos="forbid", **settings) == eos).any()
-    Eager.calls = 0
-    sample.generate(model, prompt, **{**settings, "block_length": 1, "steps": 6})
-    assert Eager.calls == 1                                                 # all rows ended in the first block
-    assert sample.cut(torch.tensor([5, 6, eos, 9]), model.cfg) == [5, 6]
-    rows = torch.tensor([[5, eos, 1, 9], [5, 1, eos, 9]])                   # a row is done when no mask is left before its end
+
+@pytest.mark.parametrize("policy, share", [("allow", 1.0), ("forbid", 0.0)])
+def test_end_of_text_can_be_allowed_or_forbidden(model, policy, share):
+    ids = sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, steps=6,
+                          block_length=6, eos=policy, memory=Eager().memory)
+    assert (ids == model.cfg.eos_id).float().mean() == share
+
+
+def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
+    eager = Eager()
+    sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, steps=6, block_length=1,
+                    memory=eager.memory)
+    assert eager.calls == 1
+
+
+def test_an_answer_is_cut_at_its_first_stop_token(model):
+    assert sample.cut(torch.tensor([5, 6, model.cfg.eos_id, 9]), model.cfg) == [5, 6]
+
+
+def test_a_row_is_done_once_no_mask_is_left_before_its_first_stop_token(model):
+    eos, mask = model.cfg.eos_id, model.cfg.mask_id
+    rows = torch.tensor([[5, eos, mask, 9], [5, mask, eos, 9]])
     finished, done = sample.finish_rows(rows, 0, model.cfg)
-    assert done.tolist() == [True, False] and finished.tolist() == [[5, eos, eos, eos], [5, 1, eos, 9]]
+    assert done.tolist() == [True, False]
+    assert finished.tolist() == [[5, eos, eos, eos], [5, mask, eos, 9]]
 
 
-def test_eos_last_takes_stop_tokens_out_of_the_ranking(model):
-    logits, at = torch.randn(6, 40), torch.ones(1, 6, dtype=torch.bool)
-    logits[2, model.cfg.eos_id] = 50.0                                      # by far the surest
-    for last, first in (([], True), ([model.cfg.eos_id], False)):
-        new, token = sample.choose_llada(logits, at, torch.tensor([1]), None, 0.0, "low_confidence", last)
-        assert bool(new[0, 2]) == first and token[0, 2] == model.cfg.eos_id
+@pytest.mark.parametrize("last, is_first", [(False, True), (True, False)])
+def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(
+        model, last, is_first):
+    logits = torch.randn(6, 40)                                                     # (N, V)
+    logits[2, model.cfg.eos_id] = 50.0
+    at = torch.ones(1, 6, dtype=torch.bool)
+    stop_ids = [model.cfg.eos_id] if last else []
+    new, token = sample.choose_llada(logits, at, torch.tensor([1]), None, 0.0, "low_confidence",
+                                     stop_ids)
+    assert token[0, 2] == model.cfg.eos_id
+    assert bool(new[0, 2]) == is_first
 
 
-def test_bad_sampler_settings_are_refused_with_advice(model):
-    prompt, good = torch.randint(3, 40, (1, 5)), dict(gen_length=8, steps=8, block_length=8)
-    for bad, message in ((dict(block_length=3), "not a multiple"), (dict(block_length=4, steps=3), "multiple of 2"), (dict(remasking="best"), "unknown remasking"),
-                         (dict(eos="never"), "unknown eos"), (dict(gen_length=5000, block_length=5000), "limit"), (dict(remasking="entropy", block_length=4), "one block")):
-        with pytest.raises(ValueError, match=message):
-            sample.generate(model, prompt, **{**good, **bad})
+GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(block_length=3), "not a multiple"),
+    (dict(block_length=4, steps=3), "multiple of 2"),
+    (dict(remasking="best"), "unknown remasking"),
+    (dict(eos="never"), "unknown eos"),
+    (dict(gen_length=5000, block_length=5000), "limit"),
+    (dict(remasking="entropy", block_length=4), "one block")])
+def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
+    with pytest.raises(ValueError, match=message):
+        sample.generate(model, torch.randint(3, 40, (1, 5)), **{**GOOD_SETTINGS, **bad})
+
+
+def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="at least one token"):
-        sample.generate(model, [torch.tensor([], dtype=torch.long)], **good)
+        sample.generate(model, [torch.tensor([], dtype=torch.long)], **GOOD_SETTINGS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. memdlm.py
 
 def paper_loop(model, x0, given, attend, t, u, mem, seed):
-    """MemDLM from the paper, one sample at a time, nothing shared: whole forward passes, merged weights, no batch dimension."""
-    losses, phi0 = [], memdlm.init_phi(model, 1, mem, seed)
+    """MemDLM's loss from the paper, one sample at a time, nothing shared: whole forward passes,
+    merged weights, no batch dimension."""
+    phi0 = memdlm.init_phi(model, 1, mem, seed)
+    total = 0.0
     for b in range(len(x0)):
-        row = slice(int((~attend[b]).sum()), None)                          # without its padding
-        x, g, noise = x0[b:b + 1, row], given[b:b + 1, row], u[b:b + 1, row]
-        weights = dict(model.named_parameters())
-        A, B = ({k: getattr(w, n)[0].clone() for k, w in phi0.items()} for n in "AB")
-
-        def ce(A, B, ratio):
-            merged = weights | {k + ".weight": weights[k + ".weight"] + mem.alpha / mem.rank * B[k] @ A[k] for k in A}
-            masked = (noise < ratio) & ~g
-            logits = torch.func.functional_call(model, merged, (x.masked_fill(masked, model.cfg.mask_id),))
-            return F.cross_entropy(logits[masked], x[masked], reduction="sum"), masked.sum() , (~g).sum()
-        for ratio in (min(1.0, mem.s_pre * t[b].item()), t[b].item()):      # pre-anchor, anchor
-            A, B = ({k: v.detach().requires_grad_() for k, v in z.items()} for z in (A, B))
-            total, n, maskable = ce(A, B, ratio)
-            grads = torch.autograd.grad(total / n * maskable / n, [*A.values(), *B.values()])
-            grads = [g * min(1.0, mem.clip / (g.norm().item() + 1e-6)) for g in grads]
-            A = {k: v - mem.inner_lr * g for (k, v), g in zip(A.items(), grads)}
-            B = {k: v - mem.inner_lr * g for (k, v), g in zip(B.items(), grads[len(A):])}
-        total, _, _ = ce({k: v.detach() for k, v in A.items()}, {k: v.detach() for k, v in B.items()}, t[b].item())
-        losses.append(total / t[b])
-    return sum(losses) / (~given).sum()
+        real = attend[b]
+        total = total + paper_sample(model, x0[b, real], given[b, real], t[b].item(), u[b, real],
+                                     phi0, mem) / t[b]
+    return total / (~given).sum()
 
 
-@pytest.mark.parametrize("options, clip", [(dict(), 1.0), (dict(), 0.05), (dict(conv_width=0, n_experts=4, experts_per_token=2), 1.0), (dict(n_layers=12), 1.0)])
-def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(batch, options, clip):
-    model, mem = random_backbone(**options).requires_grad_(True), MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
-    fast = memdlm.loss_memdlm(model, batch.x0, batch.given, batch.attend, batch.t, batch.u, 1 / batch.t, (~batch.given).sum(), mem, 7)
-    slow = paper_loop(model, batch.x0, batch.given, batch.attend, batch.t, batch.u, mem, 7)
-    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
-    grads = [torch.autograd.grad(loss, [p for n, p in model.named_parameters()], allow_unused=True) for loss in (fast, slow)]
-    for (name, _), a, b in zip(model.named_parameters(), *grads):
+def paper_sample(model, x0, given, t, u, phi0, mem):
+    """x0, given, u (L,): the outer cross-entropy of one sample, summed over its masked tokens."""
+    weights = dict(model.named_parameters())
+    matrices = list(phi0)
+    phi = [phi0[m].A[0] for m in matrices] + [phi0[m].B[0] for m in matrices]
+
+    def cross_entropy(phi, mask_ratio):
+        merged = dict(weights)
+        for name, A, B in zip(matrices, phi, phi[len(matrices):]):
+            name = f"{name}.weight"
+            merged[name] = weights[name] + mem.alpha / mem.rank * B @ A
+        masked = (u < mask_ratio) & ~given
+        xt = x0.masked_fill(masked, model.cfg.mask_id)[None]                        # (1, L)
+        logits = torch.func.functional_call(model, merged, (xt,))[0]                # (L, V)
+        return F.cross_entropy(logits[masked], x0[masked], reduction="sum"), masked.sum()
+
+    # Pre-anchor, then anchor: a mean over masked tokens times 1 / the realised mask ratio.
+    for mask_ratio in (min(1.0, mem.s_pre * t), t):
+        phi = [w.detach().requires_grad_() for w in phi]
+        loss, n = cross_entropy(phi, mask_ratio)
+        grads = torch.autograd.grad(loss / n * (~given).sum() / n, phi)
+        steps = [mem.inner_lr * min(1.0, mem.clip / (g.norm().item() + 1e-6)) * g for g in grads]
+        phi = [(w - step).detach() for w, step in zip(phi, steps)]
+    return cross_entropy(phi, t)[0]
+
+
+@pytest.mark.parametrize("options, clip", [
+    (dict(), 1.0),
+    (dict(), 0.05),
+    (MIXTURE, 1.0),
+    (dict(n_layers=12), 1.0)])
+def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
+        batch, options, clip):
+    model = random_backbone(**options).requires_grad_(True)
+    mem = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
+    x0, given, attend, t, u = batch
+    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), mem, 7)
+    paper = paper_loop(model, x0, given, attend, t, u, mem, 7)
+    torch.testing.assert_close(ours, paper, atol=1e-5, rtol=1e-4)
+    names = [n for n, _ in model.named_parameters()]
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                 for loss in (ours, paper)]
+    for name, a, b in zip(names, *gradients):
+        # An expert that no token was sent to has no gradient in either.
         if a is not None or b is not None:
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
 
@@ -813,13 +915,24 @@ def adapted(model, batch, mem=MEM):
 def test_memory_off_is_the_plain_model_bit_for_bit(model, batch):
     plain = model(batch.x0, batch.attend)
     assert torch.equal(model(batch.x0, batch.attend, phi={}), plain)
-    assert torch.equal(model(batch.x0, batch.attend, phi=memdlm.init_phi(model, 4, MEM)), plain)  # phi_0: B = 0
 
 
-def test_inner_lr_zero_changes_nothing_and_a_positive_one_does(model, batch):
+def test_phi_0_changes_no_logit(model, batch):
+    phi = memdlm.init_phi(model, 4, MEM)
     plain = model(batch.x0, batch.attend)
-    assert torch.equal(model(batch.x0, batch.attend, phi=adapted(model, batch, MemDLMConfig(rank=4, inner_lr=0.0))), plain)
-    assert not torch.allclose(model(batch.x0, batch.attend, phi=adapted(model, batch)), plain, atol=1e-3)
+    assert torch.equal(model(batch.x0, batch.attend, phi=phi), plain)
+
+
+def test_inner_lr_zero_changes_no_logit(model, batch):
+    phi = adapted(model, batch, MemDLMConfig(rank=4, inner_lr=0.0))
+    plain = model(batch.x0, batch.attend)
+    assert torch.equal(model(batch.x0, batch.attend, phi=phi), plain)
+
+
+def test_adapting_to_the_prompt_moves_the_logits(model, batch):
+    plain = model(batch.x0, batch.attend)
+    moved = model(batch.x0, batch.attend, phi=adapted(model, batch))
+    assert not torch.allclose(moved, plain, atol=1e-3)
 
 
 def test_one_samples_phi_never_moves_another_samples_logits(model, batch):
@@ -827,173 +940,258 @@ def test_one_samples_phi_never_moves_another_samples_logits(model, batch):
     other = batch._replace(x0=batch.x0.clone())
     other.x0[0, :8] = torch.randint(3, 40, (8,))
     after = model(batch.x0, batch.attend, phi=adapted(model, other))
-    assert torch.equal(before[1:], after[1:]) and not torch.allclose(before[0], after[0], atol=1e-3)
+    assert torch.equal(before[1:], after[1:])
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(conv_width=0, n_experts=4, experts_per_token=2)])
+@pytest.mark.parametrize("options", [dict(), MIXTURE])
 def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
     model = random_backbone(**options)
     together = adapted(model, batch)
     for row in range(4):
-        pads = int((~batch.attend[row]).sum())
-        alone = memdlm.adapt_to_prompt(model, batch.x0[row:row + 1, pads:], None, batch.given[row:row + 1, pads:], MEM)
+        real = batch.attend[row]
+        x0 = batch.x0[row, real][None]                                              # (1, L)
+        prompt = batch.given[row, real][None]
+        alone = memdlm.adapt_to_prompt(model, x0, None, prompt, MEM)
         for name in alone:
-            torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(together[name].B[row], alone[name].B[0],
+                                       atol=1e-5, rtol=1e-3)
 
 
 def test_clipping_is_per_tensor_and_per_sample(model, batch):
-    phi, clip = memdlm.init_phi(model, 4, MEM), 0.01
+    """Every gradient here is larger than the clip, so every step has exactly its norm."""
+    clip = 0.01
+    mem = MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip)
     masked = ~batch.given
     ctx = model.context(batch.x0, batch.attend)
-    h = model.run(model.embed(batch.x0.masked_fill(masked, 1)), ctx, 0, 2)
-    new = memdlm.inner_step(model, phi, h, ctx, batch.x0, masked, torch.ones(4), MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip))
-    for name, w in new.items():                                             # every gradient here is larger than the clip
-        torch.testing.assert_close((w.B - phi[name].B).flatten(1).norm(dim=1), torch.full((4,), clip), rtol=1e-3, atol=0)
+    h = model.run(model.embed(batch.x0.masked_fill(masked, model.cfg.mask_id)), ctx, 0, 2)
+    old = memdlm.init_phi(model, 4, mem)
+    new = memdlm.inner_step(model, old, h, ctx, batch.x0, masked, torch.ones(4), mem)
+    for name in old:
+        length = (new[name].B - old[name].B).flatten(1).norm(dim=1)                 # (B,)
+        torch.testing.assert_close(length, torch.full((4,), clip), rtol=1e-3, atol=0)
 
 
-def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers():
-    for N, first in ((3, 2), (10, 9), (12, 10), (16, 14), (20, 18), (28, 25), (32, 28)):
-        model = random_backbone(n_layers=N)
-        assert memdlm.first_fast_layer(model, MEM) == first
-        assert set(memdlm.init_phi(model, 1, MEM)) == {f"layers.{i}.ffn.{m}" for i in range(first, N) for m in ("gate", "up", "down")}
+@pytest.mark.parametrize("layers, first", [
+    (3, 2), (10, 9), (12, 10), (16, 14), (20, 18), (28, 25), (32, 28)])
+def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, first):
+    model = random_backbone(n_layers=layers)
+    assert memdlm.first_fast_layer(model, MEM) == first
+    expected = {f"layers.{i}.ffn.{matrix}" for i in range(first, layers)
+                for matrix in ("gate", "up", "down")}
+    assert set(memdlm.init_phi(model, 1, MEM)) == expected
 
 
-def test_exposure_bias_is_one_while_nothing_is_revealed_and_for_a_model_that_ignores_context(model, batch):
+def blind(backbone, xt, attend, start):
+    """A predictor that ignores its context: every token is equally likely."""
+    def predict(xt, t, state, at):
+        return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
+    return predict, None
+
+
+def test_exposure_bias_is_one_while_nothing_is_revealed_and_not_one_later(model, batch):
     rows = memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, sample.no_memory)
-    assert len(rows) == 6 and rows[0]["published_ratio"] == rows[0]["clean_ratio"] == 1.0
+    assert len(rows) == 6
+    assert rows[0]["published_ratio"] == rows[0]["clean_ratio"] == 1.0
     assert any(abs(r["clean_ratio"] - 1) > 1e-3 for r in rows[1:])
 
-    def blind(backbone, xt, attend, start):
-        return lambda xt, t, state, at: (torch.zeros(int(at.sum()), 40), None), None
-    assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, blind))
+
+def test_exposure_bias_of_a_model_that_ignores_context_is_one_throughout(model, batch):
+    rows = memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, blind)
+    assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. metastate.py
+
+SMALL_META = dict(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16)
+
 
 @pytest.fixture
 def meta(model):
     torch.manual_seed(0)
-    return MetaState(model.cfg, MetaStateConfig(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16))
+    return MetaState(model.cfg, MetaStateConfig(**SMALL_META))
 
 
 def trained_meta(model, **options):
     """Random weights everywhere, so that the zero-initialised parts act."""
     torch.manual_seed(0)
-    meta = MetaState(model.cfg, MetaStateConfig(**{"num_slots": 4, "slot_dim": 16, "slot_heads": 2, "cond_dim": 16, **options}))
+    meta = MetaState(model.cfg, MetaStateConfig(**{**SMALL_META, **options}))
     for p in meta.parameters():
         p.data.normal_(0, 0.3)
     return meta
 
 
 def two_steps(model, meta, batch):
-    ctx, at, slots, out = model.context(batch.x0, batch.attend), ~batch.given, None, []
-    xt = batch.x0.masked_fill(at, 1)
-    for _ in range(2):
-        logits, slots, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
-        out.append(logits)
-    return out
+    """Logits (N, V) of two denoising steps over one canvas, the answer fully masked."""
+    at = ~batch.given
+    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
+    ctx = model.context(xt, batch.attend)
+    first, slots, _ = meta.step(model, ctx, xt, torch.ones(4), None, at, 8)
+    second, _, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
+    return first, second
 
 
 def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, meta, batch):
-    plain = model(batch.x0.masked_fill(~batch.given, 1), batch.attend, ~batch.given)
+    at = ~batch.given
+    plain = model(batch.x0.masked_fill(at, model.cfg.mask_id), batch.attend, at)
     assert all(torch.equal(logits, plain) for logits in two_steps(model, meta, batch))
 
 
 def test_updater_equals_torch_grucell(meta):
-    cell, read, slots = torch.nn.GRUCell(16, 16), torch.randn(5, 16), torch.randn(5, 16)
-    cell.load_state_dict({"weight_ih": meta.updater.x.weight, "bias_ih": meta.updater.x.bias,
-                          "weight_hh": meta.updater.s.weight, "bias_hh": meta.updater.s.bias})
-    torch.testing.assert_close(meta.updater.gates(read, slots), cell(read, slots))
+    read = torch.randn(5, 16)                                                       # (M, S)
+    slots = torch.randn(5, 16)
+    ours = meta.updater
+    cell = torch.nn.GRUCell(16, 16)
+    cell.load_state_dict({"weight_ih": ours.x.weight, "bias_ih": ours.x.bias,
+                          "weight_hh": ours.s.weight, "bias_hh": ours.s.bias})
+    torch.testing.assert_close(ours.gates(read, slots), cell(read, slots))
 
 
-def test_memory_reaches_the_next_steps_loss_and_reset_cuts_it(model, batch):
-    for memory, persists in (("slots", True), ("reset", False), ("feedback", True)):
-        first, second = two_steps(model, trained_meta(model, memory=memory), batch)
-        assert torch.equal(first, second) != persists
-    for memory in ("slots", "reset"):
-        meta = trained_meta(model, memory=memory)
-        two_steps(model, meta, batch)[1].sum().backward()
-        grad = meta.updater.x.weight.grad
-        assert (grad is not None and grad.abs().max() > 0) == (memory == "slots")
+@pytest.mark.parametrize("memory, persists", [
+    ("slots", True), ("reset", False), ("feedback", True)])
+def test_memory_reaches_the_next_steps_logits_and_reset_cuts_it(model, batch, memory, persists):
+    first, second = two_steps(model, trained_meta(model, memory=memory), batch)
+    assert torch.equal(first, second) != persists
 
 
-def test_the_backbone_gets_no_gradient_and_every_module_does(model, batch):
-    meta, before = trained_meta(model), {n: p.clone() for n, p in model.named_parameters()}
-    loss = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.t, torch.zeros(4, dtype=torch.bool), 3, 0, batch.u, 4)
-    loss.backward()
-    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in meta.parameters())
+@pytest.mark.parametrize("memory, persists", [("slots", True), ("reset", False)])
+def test_the_next_steps_gradient_reaches_the_updater_and_reset_cuts_it(
+        model, batch, memory, persists):
+    meta = trained_meta(model, memory=memory)
+    two_steps(model, meta, batch)[1].sum().backward()
+    grad = meta.updater.x.weight.grad
+    assert (grad is not None and grad.abs().max() > 0) == persists
+
+
+@pytest.fixture
+def unrolled(model, batch):
+    """A MetaState and its loss over three steps, backpropagated."""
+    meta = trained_meta(model)
+    stay = torch.zeros(4, dtype=torch.bool)
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.t, stay,
+                            3, 0, batch.u, 4).backward()
+    return meta
+
+
+def test_every_module_of_metastate_gets_a_gradient(unrolled):
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
+
+
+def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
+    untouched = dict(random_backbone().named_parameters())
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, untouched[name])
 
 
 def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
-    """Rows alone, one state after the other: mean over a row's masked tokens, over rows, over steps; reveal the surest."""
+    """Rows alone, one state after the other: a mean over a row's masked tokens, over rows and over
+    steps; after each step the surest token is revealed, except in row 1, which stays."""
     meta = trained_meta(model)
-    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, torch.ones(4), torch.tensor([False, True, False, False]), 3, 0, batch.u, 4)
+    stay = torch.tensor([False, True, False, False])
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend,
+                                    torch.ones(4), stay, 3, 0, batch.u, 4)
     total = 0.0
-    for b in range(4):
-        pads = int((~batch.attend[b]).sum())
-        x, slots, masked = batch.x0[b:b + 1, pads:], None, ~batch.given[b:b + 1, pads:]
-        for k in range(3):
-            xt = x.masked_fill(masked, 1)
-            logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots, masked, 8 - pads)
-            total = total + F.cross_entropy(logits, x[masked]) / 12
-            if b != 1:
+    for row in range(4):
+        real = batch.attend[row]
+        x0 = batch.x0[row, real][None]                                              # (1, L)
+        masked = ~batch.given[row, real][None]
+        slots, start = None, x0.shape[1] - 6
+        for _ in range(3):
+            xt = x0.masked_fill(masked, model.cfg.mask_id)
+            ratio = masked.sum(1) / 6
+            logits, slots, _ = meta.step(model, model.context(xt), xt, ratio, slots, masked, start)
+            total = total + F.cross_entropy(logits, x0[masked]) / 12
+            if not stay[row]:
+                surest = logits.softmax(-1).max(-1).values.argmax()
                 masked = masked.clone()
-                masked[0, masked[0].nonzero()[logits.softmax(-1).max(-1).values.argmax(), 0]] = False
+                masked[0, masked[0].nonzero()[surest, 0]] = False
     torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
+@pytest.mark.parametrize("options", [
+    dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
 def test_metastate_rows_do_not_depend_on_batch_order_or_padding(model, options):
-    meta, prompts = trained_meta(model), [torch.randint(3, 40, (n,)) for n in (4, 9, 2)]
-    settings = {"gen_length": 6, "steps": 6, "block_length": 6, "memory": meta.memory(), **options}
-    together = sample.generate(model, prompts, **settings)
-    assert torch.equal(together, torch.cat([sample.generate(model, [p], **settings) for p in prompts]))
-    assert torch.equal(together.flip(0), sample.generate(model, prompts[::-1], **settings))
+    prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 2)]
+    memory = trained_meta(model).memory()
+
+    def decode(prompts):
+        settings = {"gen_length": 6, "steps": 6, "block_length": 6, **options}
+        return sample.generate(model, prompts, memory=memory, **settings)
+    together = decode(prompts)
+    assert torch.equal(together, torch.cat([decode([p]) for p in prompts]))
+    assert torch.equal(together.flip(0), decode(prompts[::-1]))
 
 
-def test_slots_have_the_same_shape_at_any_length(model, meta):
-    shapes = []
-    for L in (10, 200):
-        xt = torch.randint(3, 40, (2, L))
-        shapes.append(meta.step(model, model.context(xt), xt, torch.ones(2), None, xt > 20, L - 5)[1].shape)
-    assert shapes[0] == shapes[1] == (2, 4, 16)
+@pytest.mark.parametrize("length", [10, 200])
+def test_slots_have_the_same_shape_at_any_length(model, meta, length):
+    xt = torch.randint(3, 40, (2, length))
+    ctx = model.context(xt)
+    _, slots, _ = meta.step(model, ctx, xt, torch.ones(2), None, xt > 20, length - 5)
+    assert slots.shape == (2, 4, 16)
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_metastate_adds_half_a_percent_of_parameters_and_of_time_at_the_real_sizes(family):
+def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(family):
+    """At the real sizes. FLOPs per token at L = 1,024: 2 per weight that a token passes through; the
+    slots' own matrices work on M tokens instead of L."""
     cfg = bb.config_from_json(REAL[family])
+    meta_cfg = metastate.for_backbone(cfg)
     with torch.device("meta"):
-        meta_cfg = metastate.for_backbone(cfg)
-        meta, model = MetaState(cfg, meta_cfg), Backbone(cfg)
-    size = lambda m: sum(p.numel() for p in m.parameters())
-    assert 0.005 < size(meta) / size(model) < 0.007
-    # FLOPs per token: 2 per weight it passes through; the slots' own matrices work on M tokens instead of L = 1024
-    per_token = 2 * (meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel() + sum(i.q.weight.numel() + i.o.weight.numel() for i in meta.injectors))
-    scores = 3 * 2 * 2 * meta_cfg.num_slots * meta_cfg.slot_dim            # one Mixer, two Injectors; q k and weights v
-    assert (per_token + scores + 2 * size(meta) * meta_cfg.num_slots / 1024) / (2 * (size(model) - cfg.vocab_size * cfg.d_model)) < 0.05
+        meta = MetaState(cfg, meta_cfg)
+        backbone = Backbone(cfg)
+    assert 0.005 < size(meta) / size(backbone) < 0.007
+    per_token = meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel()
+    per_token += sum(i.q.weight.numel() + i.o.weight.numel() for i in meta.injectors)
+    # The Mixer and the Injectors, each q k and weights v.
+    scores = (1 + len(meta.injectors)) * 2 * meta_cfg.num_slots * meta_cfg.slot_dim
+    own = size(meta) * meta_cfg.num_slots / 1024
+    without_embedding = size(backbone) - cfg.vocab_size * cfg.d_model
+    assert (per_token + scores + own) / without_embedding < 0.05
 
 
-def test_a_metastate_checkpoint_knows_its_backbone(tmp_path):
+@pytest.fixture
+def meta_checkpoint(tmp_path):
+    """A MetaState in tmp_path/meta, trained on the backbone in tmp_path/base."""
     model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
     meta = trained_meta(model)
     metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
-    loaded, base, _ = metastate.load(tmp_path / "meta", "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), loaded.parameters()))
+    return meta
+
+
+def test_a_saved_metastate_loads_with_the_same_weights(tmp_path, meta_checkpoint):
+    loaded, _, _ = metastate.load(tmp_path / "meta", "cpu")
+    pairs = zip(meta_checkpoint.parameters(), loaded.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoint):
     _, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
     assert list(arms) == ["frozen", "metastate", "reset", "both"]
+
+
+def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
     bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
     with pytest.raises(ValueError, match="another backbone"):
         metastate.load(tmp_path / "meta", "cpu")
 
 
-def test_impossible_metastate_settings_are_refused():
-    for bad, message in ((dict(slot_heads=3), "multiple of slot_heads"), (dict(inject_layers=(4,)), "layers 0..2"), (dict(read_layer=5), "layers 0..2"),
-                         (dict(inject_layers=()), "layers 0..2"), (dict(num_slots=0), "at least 1"), (dict(memory="x"), "unknown memory")):
-        with pytest.raises(ValueError, match=message):
-            MetaStateConfig(**bad).check(3)
+@pytest.mark.parametrize("bad, message", [
+    (dict(slot_heads=3), "multiple of slot_heads"),
+    (dict(inject_layers=(4,)), "layers 0..2"),
+    (dict(read_layer=5), "layers 0..2"),
+    (dict(inject_layers=()), "layers 0..2"),
+    (dict(num_slots=0), "at least 1"),
+    (dict(memory="x"), "unknown memory")])
+def test_impossible_metastate_settings_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        MetaStateConfig(**bad).check(3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
