@@ -11,6 +11,7 @@ By hand:
 import ast
 import contextlib
 import glob
+import inspect
 import json
 import math
 import os
@@ -1138,7 +1139,7 @@ def size(module):
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(family):
-    """At the real sizes. FLOPs per token at L = 1,024: 2 per weight that a token passes through; the
+    """At the real sizes. FLOPs per token at L = 1,024: 2 per weight a token passes through; the
     slots' own matrices work on M tokens instead of L."""
     cfg = bb.config_from_json(REAL[family])
     meta_cfg = metastate.for_backbone(cfg)
@@ -1194,49 +1195,75 @@ def test_impossible_metastate_settings_are_refused(bad, message):
         MetaStateConfig(**bad).check(3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. niah.py
+
+def pairs_in(text):
+    """Every "left = right ." of a text, in order."""
+    return re.findall(r"(\w+) = (\w+) \.", text)
+
 
 @pytest.mark.parametrize("task", niah.TASKS)
 @pytest.mark.parametrize("length", [0, 64, 256])
-def test_tasks_fit_their_length_hold_their_needles_once_and_stay_in_the_vocabulary(task, length):
+def test_tasks_fill_their_length_without_exceeding_it_and_stay_in_the_vocabulary(task, length):
+    """56 words hold the longest task without any filler."""
     vocabulary = niah.vocabulary()
     for s in niah.make_samples([task], length, 50, 0, "eval"):
-        n = len(s.prompt.split())
-        assert n <= max(length, 56) and (n > 0.75 * length) and all(w in vocabulary for w in (s.prompt + " " + s.answer).split())
-        assert niah.recall(s.refs, s.answer) == 1.0 and 0 < s.chance <= 1 and 0 <= s.depth <= 1
-        if task in ("single", "multikey", "multivalue"):
-            key = s.prompt.split()[-2]
-            assert re.findall(rf"{key} = (\w+) \.", s.prompt) == s.refs     # each needle once, in the order of the answer
+        words = s.prompt.split()
+        assert 0.75 * length < len(words) <= max(length, 56)
+        assert all(word in vocabulary for word in words + s.answer.split())
 
 
-def test_variable_tracking_can_be_solved_by_following_the_chain():
-    for task, hops in (("tracking", 2), ("tracking4", 4)):
-        for s in niah.make_samples([task], 64, 50, 0, "eval"):
-            holds = {value: name for name, value in re.findall(r"(\w+) = (\w+) \.", s.prompt)}
-            names, word = [], s.prompt.split()[-1]
-            while word in holds:
-                word = holds[word]
-                names.append(word)
-            assert names == s.refs == s.answer.split() and len(names) == hops + 1
+@pytest.mark.parametrize("task", niah.TASKS)
+def test_a_tasks_own_answer_scores_full_recall(task):
+    for s in niah.make_samples([task], 64, 50, 0, "eval"):
+        assert niah.recall(s.refs, s.answer) == 1.0
+        assert 0 < s.chance <= 1
+        assert 0 <= s.depth <= 1
 
 
-def test_resolve_can_be_solved_by_following_the_chain_and_tells_how_many_hops_that_takes():
+@pytest.mark.parametrize("task", ["single", "multikey", "multivalue"])
+@pytest.mark.parametrize("length", [0, 64, 256])
+def test_each_needle_occurs_once_in_the_order_of_the_answer(task, length):
+    for s in niah.make_samples([task], length, 50, 0, "eval"):
+        key = s.prompt.split()[-2]
+        assert [value for name, value in pairs_in(s.prompt) if name == key] == s.refs
+
+
+@pytest.mark.parametrize("task, hops", [("tracking", 2), ("tracking4", 4)])
+def test_variable_tracking_can_be_solved_by_following_the_chain(task, hops):
+    for s in niah.make_samples([task], 64, 50, 0, "eval"):
+        name_of = {value: name for name, value in pairs_in(s.prompt)}
+        names, word = [], s.prompt.split()[-1]
+        while word in name_of:
+            word = name_of[word]
+            names.append(word)
+        assert names == s.refs == s.answer.split()
+        assert len(names) == hops + 1
+
+
+def test_resolve_can_be_solved_by_following_as_many_links_as_it_tells():
     for s in niah.make_samples(["resolve"], 64, 200, 0, "eval"):
-        holds = dict(re.findall(r"(\w+) = (\w+) \.", s.prompt))
-        at = re.search(r"\? (\w+) is$", s.prompt)[1]
+        holds = dict(pairs_in(s.prompt))
+        word = re.search(r"\? (\w+) is$", s.prompt)[1]
         for _ in range(s.hops + 1):
-            at = holds[at]
-        assert [at] == s.refs and s.answer == at and at.isdigit()
+            word = holds[word]
+        assert word.isdigit()
+        assert [word] == s.refs
+        assert word == s.answer
 
 
 def test_stories_can_be_solved_by_replaying_them():
     for s in niah.make_samples(["stories"], 64, 100, 0, "eval"):
         place, holder = {}, {}
         for who, did, what in re.findall(r"(\w+) (moved|took) (\w+) \.", s.prompt):
-            (place if did == "moved" else holder)[who if did == "moved" else what] = what if did == "moved" else who
+            if did == "moved":
+                place[who] = what
+            else:
+                holder[what] = who
         who = holder[s.prompt.split()[-1]]
-        assert s.answer == f"{who} {place[who]}" and s.refs == [place[who]]
+        assert s.answer == f"{who} {place[who]}"
+        assert s.refs == [place[who]]
 
 
 def test_common_words_are_the_most_frequent_ones():
@@ -1245,69 +1272,127 @@ def test_common_words_are_the_most_frequent_ones():
         assert set(sorted(set(words), key=words.count)[-3:]) == set(s.refs)
 
 
+def links_of(split):
+    """All pairs of 1,500 texts, as they were drawn: a chain's "b = a" was drawn as b after a."""
+    links = set()
+    for s in niah.make_samples(["multikey", "multivalue", "tracking4"], 64, 1500, 0, split):
+        for left, right in pairs_in(s.prompt):
+            links.add((left, right) if right.isdigit() else (right, left))
+    return links
+
+
 def test_pairs_of_the_evaluation_never_occur_in_training():
-    pairs = {split: {p for s in niah.make_samples(["multikey", "multivalue", "tracking4"], 64, 1500, 0, split)
-                     for p in re.findall(r"(\w+) = (\w+) \.", s.prompt) if not (p[1].isdigit() and "? =" in s.prompt)}
-             for split in ("train", "eval")}
-    links = {split: {(b, a) if not b.isdigit() else (a, b) for a, b in p} for split, p in pairs.items()}
-    assert len(links["train"]) > 1000 and len(links["eval"]) > 300 and not links["train"] & links["eval"]
+    trained, held_out = links_of("train"), links_of("eval")
+    assert len(trained) > 1000
+    assert len(held_out) > 300
+    assert not trained & held_out
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
-    assert niah.make_samples(list(niah.TASKS), 64, 20, 3) == niah.make_samples(list(niah.TASKS), 64, 20, 3)
-    assert niah.make_samples(list(niah.TASKS), 64, 20, 3) != niah.make_samples(list(niah.TASKS), 64, 20, 4)
+    tasks = list(niah.TASKS)
+    texts = niah.make_samples(tasks, 64, 20, 3)
+    assert texts == niah.make_samples(tasks, 64, 20, 3)
+    assert texts != niah.make_samples(tasks, 64, 20, 4)
 
 
-def test_recall_is_rulers_and_chance_is_what_a_guesser_gets():
+def test_recall_is_rulers_the_share_of_references_that_occur_in_any_case():
     assert niah.recall(["47", "Blue"], "it is BLUE .") == 0.5
-    import random
-    rng, hits, chance = random.Random(0), [], []
-    for s in niah.make_samples(["multikey"], 64, 2000, 0, "eval"):          # guess one of the values in the text
-        hits.append(niah.recall(s.refs, rng.choice(re.findall(r"= (\w+) \.", s.prompt))))
-        chance.append(s.chance)
-    assert abs(sum(hits) - sum(chance)) / 2000 < 4 * 0.5 / 2000 ** 0.5 and set(chance) == {0.25}
 
 
-def test_differences_over_seeds_are_paired_by_text_and_training_seed(tmp_path):
-    def run(name, values):
-        (tmp_path / name).mkdir()
-        rows = [dict(task="single", arm="off", length=64, steps=6, seed=1, prompt=f"text {i}", recall=v) for i, v in enumerate(values)]
-        niah.append_jsonl(tmp_path / name / "niah.jsonl", rows)
-        return tmp_path / name / "niah.jsonl"
-    files = [run("old-seed0", [0, 1, 0]), run("old-seed1", [1, 1, 1]), run("new-seed0", [1, 0, 1]), run("new-seed1", [1, 1, 1])]
-    means = niah.table_over_seeds(files, "recall", "length").splitlines()
-    assert means[1].split()[3:] == ["66.7", "±47.1", "2"] and means[2].split()[3:] == ["83.3", "±23.6", "2"]
-    difference = niah.table_over_seeds(files, "recall", "length", "old off").splitlines()[2].split()
+def test_chance_is_what_a_guesser_gets_who_copies_a_value_from_the_text():
+    rng = random.Random(0)
+    samples = niah.make_samples(["multikey"], 64, 2000, 0, "eval")
+    guesses = [rng.choice(pairs_in(s.prompt))[1] for s in samples]
+    hits = sum(niah.recall(s.refs, guess) for s, guess in zip(samples, guesses))
+    assert {s.chance for s in samples} == {0.25}
+    assert abs(hits / 2000 - 0.25) < 4 * 0.5 / 2000 ** 0.5
+
+
+@pytest.fixture
+def four_runs(tmp_path):
+    """The evaluation rows of two methods, two training seeds each, on the same three texts."""
+    return [evaluation(tmp_path / "old-seed0", [0, 1, 0]),
+            evaluation(tmp_path / "old-seed1", [1, 1, 1]),
+            evaluation(tmp_path / "new-seed0", [1, 0, 1]),
+            evaluation(tmp_path / "new-seed1", [1, 1, 1])]
+
+
+def evaluation(folder, recalls):
+    """niah.jsonl in a run's folder."""
+    folder.mkdir()
+    same = dict(task="single", arm="off", length=64, steps=6, seed=1)
+    rows = [dict(same, prompt=f"text {i}", recall=r) for i, r in enumerate(recalls)]
+    niah.append_jsonl(folder / "niah.jsonl", rows)
+    return folder / "niah.jsonl"
+
+
+def test_the_table_over_seeds_shows_mean_spread_and_number_of_seeds(four_runs):
+    lines = niah.table_over_seeds(four_runs, "recall", "length").splitlines()
+    assert lines[1].split()[3:] == ["66.7", "±47.1", "2"]
+    assert lines[2].split()[3:] == ["83.3", "±23.6", "2"]
+
+
+def test_differences_over_seeds_are_paired_by_text_and_training_seed(four_runs):
+    """The texts differ by 50, -50 and 50 points: resampled means lie between -50 and 50."""
+    table = niah.table_over_seeds(four_runs, "recall", "length", "old off")
+    difference = table.splitlines()[2].split()
     assert difference[:4] == ["single", "new", "off", "+16.7"]
-    assert float(difference[4].lstrip("±")) == pytest.approx(50, abs=1)      # texts differ by 50, -50, 50: resampled means -50 ... 50
-    plain = [run("one", [0, 1, 0]), run("two", [1, 1, 0])]                  # folders without -seedN are paired too
-    assert niah.table_over_seeds(plain, "recall", "length", "one off").splitlines()[2].split()[:4] == ["single", "two", "off", "+33.3"]
+    assert float(difference[4].lstrip("±")) == pytest.approx(50, abs=1)
+
+
+def test_differences_between_folders_without_a_seed_are_paired_too(tmp_path):
+    files = [evaluation(tmp_path / "one", [0, 1, 0]), evaluation(tmp_path / "two", [1, 1, 0])]
+    table = niah.table_over_seeds(files, "recall", "length", "one off")
+    assert table.splitlines()[2].split()[:4] == ["single", "two", "off", "+33.3"]
+
+
+def test_a_baseline_that_is_not_in_the_table_is_answered_with_those_that_are(four_runs):
     with pytest.raises(ValueError, match="the lines are new off, old off"):
-        niah.table_over_seeds(files, "recall", "length", "old")
-    for bad in ("{", "[]", '{"task": "single"}'):
-        files[1].write_text(files[0].read_text() + bad)
-        with pytest.raises(ValueError, match="old-seed1/niah.jsonl, line 4: not a row"):
-            niah.table_over_seeds(files, "recall", "length")
+        niah.table_over_seeds(four_runs, "recall", "length", "old")
 
 
-def test_the_probe_reads_what_is_in_the_slots_and_nothing_else():
+@pytest.mark.parametrize("bad", ["{", "[]", '{"task": "single"}'])
+def test_a_line_that_is_no_evaluation_row_is_named_with_file_and_number(four_runs, bad):
+    four_runs[1].write_text(four_runs[0].read_text() + bad)
+    with pytest.raises(ValueError, match="old-seed1/niah.jsonl, line 4: not a row"):
+        niah.table_over_seeds(four_runs, "recall", "length")
+
+
+def telling(answers):
+    """A memory whose slots hold the next answer of each row."""
+    def memory(backbone, xt, attend, start):
+        told = torch.tensor([[int(next(answers).answer)] for _ in xt])              # (B, M)
+        slots = F.one_hot(told, 100).float()                                        # (B, M, S)
+
+        def predict(xt, t, state, at):
+            return None, (slots, {}, None)
+        return predict, None
+    return memory
+
+
+def silent(backbone, xt, attend, start):
+    """A memory whose slots hold nothing."""
+    def predict(xt, t, state, at):
+        return None, (torch.zeros(len(xt), 4, 8), {}, None)
+    return predict, None
+
+
+def probe_accuracy(memory):
     model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
-    answers, accuracy = None, {}
-
-    def telling(backbone, xt, attend, start):
-        told = torch.tensor([[int(next(answers).answer)] for _ in xt])
-        return (lambda xt, t, state, at: (None, (F.one_hot(told, 100).float(), {}, None))), None
-
-    def silent(backbone, xt, attend, start):
-        return (lambda xt, t, state, at: (None, (torch.zeros(len(xt), 4, 8), {}, None))), None
-    for name, memory in (("telling", telling), ("silent", silent)):
-        answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
-        rows = niah.probe(model, tokenizer, memory, 32, 40, 3, 2)
-        accuracy[name] = sum(r["recall"] for r in rows) / len(rows)
-    assert accuracy["telling"] > 0.9 and accuracy["silent"] < 0.2
+    rows = niah.probe(model, tokenizer, memory, 32, 40, 3, 2)
+    return sum(r["recall"] for r in rows) / len(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_the_probe_finds_what_is_in_the_slots():
+    answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
+    assert probe_accuracy(telling(answers)) > 0.9
+
+
+def test_the_probe_finds_nothing_in_empty_slots():
+    assert probe_accuracy(silent) < 0.2
+
+
+# --------------------------------------------------------------------------------------------------
 # 6. train.py
 
 SMALL = ["--n_eval", "0", "--batch_size", "4", "--context", "32", "--lr", "1e-3"]
@@ -1321,38 +1406,60 @@ def run_train(*argv):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory with a 2-step pretrained backbone in runs/."""
+    """An empty working directory; the tiny backbone is pretrained for two steps where needed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setitem(train.DEFAULTS, "pretrain", (2, 4, 1e-3, 0.3))
     return tmp_path
 
 
-def weights_of(folder):
-    from safetensors.torch import load_file
-    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-@pytest.mark.parametrize("method, options", [("mdlm", []), ("memdlm", []), ("metastate", ["--unroll", "2"])])
-def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, monkeypatch, method, options):
-    common = ["--method", method, "--steps", 5, "--save_every", 2, *SMALL, *options]
-    run_train(*common, "--out", "whole")
-    update, calls = train.Run.update, []
+@contextlib.contextmanager
+def killed_at(fatal_step):
+    """Ctrl-C in this training step, before the weights change."""
+    update = train.Run.update
 
     def killed(self, step, loss):
-        calls.append(step)
-        if step == 3:
-            raise KeyboardInterrupt                                         # after the log of step 2, before the checkpoint of step 4
+        if step == fatal_step:
+            raise KeyboardInterrupt
         update(self, step, loss)
-    monkeypatch.setattr(train.Run, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_train(*common, "--out", "parts")
-    monkeypatch.setattr(train.Run, "update", update)
-    run_train(*common, "--out", "parts", "--resume")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "update", killed)
+        yield
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def log_of(folder):
+    return [json.loads(row) for row in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def contents(folder, but=()):
+    """{name: bytes} of the files in a folder."""
+    return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in but}
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
+
+
+@pytest.mark.parametrize("method", ["mdlm", "memdlm", "metastate"])
+def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, method):
+    """Killed after the log of step 2, before the checkpoint of step 4."""
+    options = ["--method", method, "--steps", 5, "--save_every", 2, "--unroll", 2, *SMALL]
+    run_train(*options, "--out", "whole")
+    with killed_at(3):
+        run_train(*options, "--out", "parts")
+    run_train(*options, "--out", "parts", "--resume")
     whole, parts = weights_of("whole"), weights_of("parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    logs = [[{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in Path(f"{o}/log.jsonl").read_text().splitlines()] for o in ("whole", "parts")]
-    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(5))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    logs = [[without(row, "seconds") for row in log_of(folder)] for folder in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0]] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("method", ["mdlm", "memdlm", "metastate"])
@@ -1360,58 +1467,141 @@ def test_gradient_accumulation_equals_one_large_batch(here, method):
     options = ["--method", method, "--steps", 1, "--n_eval", 0, "--context", 32, "--unroll", 2]
     run_train(*options, "--batch_size", 6, "--out", "one")
     run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
-    losses = [json.loads(Path(f"{o}/log.jsonl").read_text())["loss"] for o in ("one", "three")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert log_of("one")[0]["loss"] == pytest.approx(log_of("three")[0]["loss"], abs=1e-6)
+
+
+def run_train_in_processes(number, *argv):
+    """train.py under torchrun, `number` processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}",
+               "--standalone", HERE / "train.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, command)], check=True, capture_output=True, timeout=300,
+                   env=environment)
+
+
+def write_data(file, n):
+    """n multikey samples as a JSONL file."""
+    samples = niah.make_samples(["multikey"], 40, n, 0)
+    rows = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in samples]
+    Path(file).write_text("\n".join(rows))
 
 
 def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
-    write_checkpoint(here / "base", "llada", **{"vocab_size": 139, "embedding_size": 139, "mask_token_id": 1, "eos_token_id": 2})
+    write_checkpoint(here / "base", "llada", vocab_size=139, embedding_size=139, mask_token_id=1,
+                     eos_token_id=2)
     load_tokenizer("tiny").save_pretrained(here / "base")
-    rows = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in niah.make_samples(["multikey"], 40, 40, 0)]
-    Path("data.jsonl").write_text("\n".join(rows))
-    options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", "3", "--lr", "1e-2", "--lora", "4", "--rank", "4",
-               "--n_eval", "0", "--max_len", "64", "--device", "cpu"]
+    write_data("data.jsonl", 40)
+    options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
+               "--lr", "1e-2", "--lora", 4, "--rank", 4, "--n_eval", 0, "--max_len", 64,
+               "--device", "cpu"]
     run_train(*options, "--batch_size", 4, "--out", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "train.py"), *options,
-                    "--batch_size", "2", "--out", "two"], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    losses = [[json.loads(row)["loss"] for row in Path(f"{o}/log.jsonl").read_text().splitlines()] for o in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
-    for k, v in weights_of("one").items():
-        torch.testing.assert_close(v, weights_of("two")[k], atol=1e-4, rtol=1e-3)
+    run_train_in_processes(2, *options, "--batch_size", 2, "--out", "two")
+    losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    two = weights_of("two")
+    for name, weight in weights_of("one").items():
+        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
 
 
-def test_jsonl_and_chat_data_train_and_bad_lines_are_named_with_file_and_line(here):
-    good = ['{"prompt": "river = 47 . ? river =", "response": "47"}',
-            '{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, {"role": "assistant", "content": "12"}]}'] * 4
-    Path("good.jsonl").write_text("\n".join(good))
-    run_train("--method", "mdlm", "--data", "good.jsonl", "--steps", 1, *SMALL, "--n_eval", 0)
-    tokenizer, cfg = load_tokenizer("tiny"), BackboneConfig()
-    assert len(train.read_jsonl("good.jsonl", tokenizer, cfg, 64)) == 8
-    for bad, message in (('{"prompt": "river', "not valid JSON"), ('["river"]', "expected an object"), ('{"prompt": "river"}', "expected {"),
-                         ('{"prompt": "river", "response": " "}', "response is empty"), ('{"prompt": "", "response": "47"}', "prompt is empty"),
-                         ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"), ('{"messages": []}', "at least two"),
-                         ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}', "last message is the assistant's")):
-        Path("bad.jsonl").write_text(good[0] + "\n" + bad)
-        with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
-            train.read_jsonl("bad.jsonl", tokenizer, cfg, 64)
+GOOD_LINE = '{"prompt": "river = 47 . ? river =", "response": "47"}'
+GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, '
+             '{"role": "assistant", "content": "12"}]}')
+
+
+def read_jsonl(file, max_len=64):
+    return train.read_jsonl(file, load_tokenizer("tiny"), BackboneConfig(), max_len)
+
+
+def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
+    Path("good.jsonl").write_text("\n".join([GOOD_LINE, GOOD_CHAT] * 4))
+    assert len(read_jsonl("good.jsonl")) == 8
+    run_train("--method", "mdlm", "--data", "good.jsonl", "--steps", 1, *SMALL)
+    assert len(log_of("runs/mdlm")) == 1
+
+
+@pytest.mark.parametrize("bad, message", [
+    ('{"prompt": "river', "not valid JSON"),
+    ('["river"]', "expected an object"),
+    ('{"prompt": "river"}', "expected {"),
+    ('{"prompt": "river", "response": " "}', "response is empty"),
+    ('{"prompt": "", "response": "47"}', "prompt is empty"),
+    ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"),
+    ('{"messages": []}', "at least two"),
+    ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}',
+     "last message is the assistant's")])
+def test_a_bad_line_of_data_is_named_with_file_and_number(here, bad, message):
+    Path("bad.jsonl").write_text(f"{GOOD_LINE}\n{bad}")
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
+        read_jsonl("bad.jsonl")
+
+
+def test_data_of_which_nothing_fits_is_refused(here):
+    Path("long.jsonl").write_text("\n".join([GOOD_LINE] * 4))
     with pytest.raises(ValueError, match="0 usable examples"):
-        train.read_jsonl("good.jsonl", tokenizer, cfg, 3)
+        read_jsonl("long.jsonl", max_len=3)
 
 
-def test_bad_command_lines_end_with_one_message_before_any_work(here, capsys):
+JUNK = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"]
+
+
+def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_number(here):
+    rng, refused = random.Random(0), 0
+    for _ in range(200):
+        at = rng.randrange(len(GOOD_LINE))
+        edited = GOOD_LINE[:at] + rng.choice(JUNK) + GOOD_LINE[at + rng.randint(0, 9):]
+        Path("edited.jsonl").write_text(f"{GOOD_LINE}\n{edited}\n{GOOD_LINE}")
+        try:
+            assert len(read_jsonl("edited.jsonl")) == 3
+        except ValueError as e:
+            assert str(e).startswith("edited.jsonl, line 2: ")
+            refused += 1
+    assert refused > 100
+
+
+# Per script: a line to start from, flags, and values of which each makes that line a bad one.
+# "taken" is the folder of a finished run.
+MDLM = ["--method", "mdlm", *SMALL]
+SLOTS = ["--method", "metastate", *SMALL]
+CHECKPOINT = ["--checkpoint", "taken"]
+PROMPT = [*CHECKPOINT, "--prompt", "river"]
+WORDS = ["magic", "_0", "a-b"]
+BAD_LINES = {
+    train: [
+        (MDLM, ["--magic", "--_0-q"], ["", "-", "nan", "inf", "-1", "1e999", "zwölf", "{}", " "]),
+        (MDLM, ["--method", "--tasks", "--init", "--backbone", "--data", "--dtype"], WORDS),
+        (MDLM, ["--device"], ["magic", "cuda:99", "cpuq"]),
+        (MDLM, ["--out"], ["taken"]),
+        (MDLM, ["--steps", "--batch_size", "--accumulate", "--save_every"],
+         ["0", "-3", "x", "1.5", "nan", "zwölf", "0x10", ""]),
+        (MDLM, ["--lr", "--inner_lr", "--clip"], ["-1", "nan", "inf", "1e999", "x"]),
+        (MDLM, ["--warmup", "--full_share", "--prompt_ratio", "--fraction"],
+         ["2", "-0.1", "nan", "x"]),
+        (MDLM, ["--inner_on"], ["both"]),
+        (SLOTS, ["--num_slots", "--unroll", "--span"], ["0", "-2", "x"]),
+        (SLOTS, ["--slot_heads"], ["5", "x"]),
+        (SLOTS, ["--inject_layers", "--read_layer"], ["9", "-9", "x"])],
+    niah: [
+        ([], ["--checkpoint", "--rows"], WORDS),
+        (CHECKPOINT, ["--arms"], WORDS),
+        (CHECKPOINT, ["--lengths"], ["0", "-5", "x", "9999999"]),
+        (CHECKPOINT, ["--n", "--gen_length"], ["0", "-1", "x"]),
+        ([*CHECKPOINT, "--lengths", "16"], ["--steps"], ["0", "-1", "x"])],
+    sample: [
+        (["--prompt", "river"], ["--checkpoint"], WORDS),
+        (CHECKPOINT, ["--prompt"], ["", *WORDS]),
+        (PROMPT, ["--gen_length", "--steps", "--block_length"], ["0", "-1", "x", "7.5"]),
+        (PROMPT, ["--remasking", "--arm"], WORDS),
+        (PROMPT, ["--top_p"], ["0.5"])],
+    bb: [
+        ([], ["--check"], WORDS),
+        (["--check", "taken"], ["--prompt"], WORDS)]}
+
+
+@pytest.fixture
+def taken(here):
     run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
-    before = {f: f.read_bytes() for f in Path("taken").iterdir()}
-    for argv, message in ((["--out", "taken"], "exists already"), (["--init", "nowhere"], "no checkpoint folder"), (["--steps", "0"], "at least 1"),
-                          (["--data", "none.jsonl"], "no such file"), (["--lr", "-1"], "positive number"), (["--prompt_ratio", "2"], "between 0 and 1"),
-                          (["--inner_on", "both"], "response or prompt"), (["--out", "taken", "--resume"], "belongs to another run"),
-                          (["--method", "metastate", "--unroll", "99"], "99 denoising steps"), (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")):
-        with pytest.raises((ValueError, OSError), match=message):
-            run_train("--method", "mdlm", *SMALL, *argv)
-    for argv in (["--method", "magic"], ["--magic", "1"], ["--tasks", "magic"], ["--steps", "many"]):
-        with pytest.raises(SystemExit) as e:
-            run_train(*argv)
-        assert e.value.code == 2
-    assert {f: f.read_bytes() for f in Path("taken").iterdir()} == before
+    return here
 
 
 def main_of(module, argv):
@@ -1424,219 +1614,310 @@ def main_of(module, argv):
     return 0
 
 
-def test_two_hundred_random_bad_command_lines_and_jsonl_lines_give_one_message_each(here, capsys):
-    run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
-    before, rng = {f: f.read_bytes() for f in Path("taken").iterdir()}, random.Random(0)
-    junk = ["", "-", "nan", "inf", "-1", "1e999", "zwölf", "../..", "{}", "999999999999", "0x10", " "]
-    word = lambda: "".join(rng.choices("abcxyz_0-", k=rng.randint(1, 8)))
-    wrong = {   # each makes one command line that must be refused
-        train: [lambda: ["--" + word() + "q", rng.choice(junk)], lambda: ["--method", word()], lambda: ["--tasks", word()],
-                lambda: ["--init", word()], lambda: ["--backbone", word()], lambda: ["--data", word()], lambda: ["--out", "taken"],
-                lambda: [rng.choice(["--steps", "--batch_size", "--accumulate", "--save_every"]), rng.choice(["0", "-3", "x", "1.5", "nan"])],
-                lambda: [rng.choice(["--lr", "--inner_lr", "--clip"]), rng.choice(["-1", "nan", "inf", "x"])],
-                lambda: [rng.choice(["--warmup", "--full_share", "--prompt_ratio", "--fraction"]), rng.choice(["2", "-0.1", "nan", "x"])],
-                lambda: ["--method", "metastate", rng.choice(["--num_slots", "--slot_heads", "--unroll", "--span"]), rng.choice(["0", "-2", "x"])],
-                lambda: ["--method", "metastate", rng.choice(["--inject_layers", "--read_layer"]), rng.choice(["9", "-9", "x"])],
-                lambda: ["--dtype", word()], lambda: ["--device", word() + "q"]],
-        niah: [lambda: ["--checkpoint", word()], lambda: ["--checkpoint", "taken", "--lengths", rng.choice(["0", "-5", "x", "9999999"])],
-               lambda: ["--checkpoint", "taken", "--n", rng.choice(["0", "-1", "x"])], lambda: ["--checkpoint", "taken", "--arms", word()],
-               lambda: ["--checkpoint", "taken", "--lengths", "16", "--steps", rng.choice(["0", "-1", "x"])], lambda: ["--rows", word()],
-               lambda: ["--checkpoint", "taken", "--gen_length", rng.choice(["0", "-1", "x"])], lambda: []],
-        sample: [lambda: ["--checkpoint", word(), "--prompt", "river"], lambda: ["--checkpoint", "taken", "--prompt", word() + "q"],
-                 lambda: ["--checkpoint", "taken"], lambda: ["--checkpoint", "taken", "--prompt", ""],
-                 lambda: ["--checkpoint", "taken", "--prompt", "river", rng.choice(["--gen_length", "--steps", "--block_length"]), rng.choice(["0", "-1", "x", "7.5"])],
-                 lambda: ["--checkpoint", "taken", "--prompt", "river", "--remasking", word()],
-                 lambda: ["--checkpoint", "taken", "--prompt", "river", "--top_p", "0.5"], lambda: ["--checkpoint", "taken", "--prompt", "river", "--arm", word()]],
-        bb: [lambda: [], lambda: ["--check", word()], lambda: ["--check", "taken", "--prompt", word() + "q"]]}
-    capsys.readouterr()
-    for _ in range(200):
-        module = rng.choice([train, train, niah, sample, bb])
-        argv = (["--method", "mdlm", *SMALL] if module is train else []) + rng.choice(wrong[module])()
+@pytest.mark.parametrize("module", BAD_LINES)
+def test_every_bad_command_line_ends_with_one_message_and_exit_code_2_and_touches_no_file(
+        taken, capsys, module):
+    before = contents("taken")
+    lines = [[*start, flag, value] for start, flags, values in BAD_LINES[module]
+             for flag in flags for value in values]
+    for argv in lines:
+        capsys.readouterr()
         code = main_of(module, argv)
         said = capsys.readouterr().err.strip()
-        assert code == 2 and "error: " in said.splitlines()[-1] and "Traceback" not in said, (module.__name__, argv, said)
+        assert code == 2, (argv, said)
+        assert "error: " in said.splitlines()[-1], (argv, said)
+        assert "Traceback" not in said, (argv, said)
         assert set(Path().iterdir()) == {Path("taken")}, argv
-    # one random edit of a good line: read, or refused with file and line
-    good, tokenizer, refused = '{"prompt": "river = 47 . ? river =", "response": "47"}', load_tokenizer("tiny"), 0
-    for _ in range(200):
-        line, at = list(good), rng.randrange(len(good))
-        line[at:at + rng.randint(0, 9)] = rng.choice(["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"])
-        Path("edited.jsonl").write_text(f"{good}\n{''.join(line)}\n{good}")
-        try:
-            assert len(train.read_jsonl("edited.jsonl", tokenizer, BackboneConfig(), 64)) == 3
-        except ValueError as e:
-            assert str(e).startswith("edited.jsonl, line 2: ")
-            refused += 1
-    assert refused > 100 and {f: f.read_bytes() for f in Path("taken").iterdir()} == before
+    assert contents("taken") == before
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_survives(here, monkeypatch):
-    options = ["--method", "mdlm", *SMALL, "--save_every", "1", "--out", "run", "--steps", "3"]
-    update = train.Run.update
+@pytest.mark.parametrize("module, argv", [(niah, []), (sample, []), (sample, CHECKPOINT), (bb, [])])
+def test_a_command_line_without_what_the_script_works_on_is_refused(taken, module, argv):
+    assert main_of(module, argv) == 2
 
-    def killed(self, step, loss):
-        if step == 1:
-            raise KeyboardInterrupt
-        update(self, step, loss)
-    monkeypatch.setattr(train.Run, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
+
+@pytest.mark.parametrize("argv, message", [
+    (["--out", "taken"], "exists already"),
+    (["--out", "taken", "--resume"], "belongs to another run"),
+    (["--init", "nowhere"], "no checkpoint folder"),
+    (["--data", "none.jsonl"], "no such file"),
+    (["--steps", "0"], "at least 1"),
+    (["--lr", "-1"], "positive number"),
+    (["--prompt_ratio", "2"], "between 0 and 1"),
+    (["--inner_on", "both"], "response or prompt"),
+    (["--method", "metastate", "--unroll", "99"], "99 denoising steps"),
+    (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")])
+def test_a_training_run_that_cannot_work_is_refused_with_what_to_change(taken, argv, message):
+    before = contents("taken")
+    with pytest.raises((ValueError, OSError), match=message):
+        run_train(*MDLM, *argv)
+    assert contents("taken") == before
+
+
+WITH_LIMITED_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def run_train_on_a_full_disk(*argv):
+    """train.py in a process that can write no file beyond 300 kB."""
+    command = [sys.executable, "-c", WITH_LIMITED_FILES, HERE / "train.py", *argv]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here):
+    options = [*MDLM, "--save_every", 1, "--out", "run", "--steps", 3]
+    with killed_at(1):
         run_train(*options)
-    monkeypatch.setattr(train.Run, "update", update)
-    before = {f.name: f.read_bytes() for f in Path("run").iterdir() if f.name != "log.jsonl"}
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.argv[0] = sys.argv[1]; del sys.argv[1]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    full = subprocess.run([sys.executable, "-c", limited, str(HERE / "train.py"), *options, "--resume"],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert full.returncode == 2 and "could not be written" in full.stderr and "Traceback" not in full.stderr
-    assert {f.name: f.read_bytes() for f in Path("run").iterdir() if f.name != "log.jsonl"} == before
-    run_train(*options, "--resume")                                         # with room again it goes on to the end
+    before = contents("run", but=["log.jsonl"])
+    full = run_train_on_a_full_disk(*options, "--resume")
+    assert full.returncode == 2
+    assert "could not be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert contents("run", but=["log.jsonl"]) == before
+    run_train(*options, "--resume")
     assert train.read_state("run/resume.pt")["step"] == 3
 
 
-@pytest.mark.parametrize("file, kind", [("model.safetensors", "mdlm"), ("metastate.safetensors", "metastate"), ("resume.pt", "mdlm")])
-def test_a_single_flipped_bit_or_a_missing_end_is_found_in_every_file_of_a_checkpoint(here, file, kind):
-    options = ["--method", kind, *SMALL, "--n_eval", "0", "--out", "run", "--steps"]
-    run_train(*options, 1)
-    path = Path("run") / file
-    good, rng = path.read_bytes(), random.Random(0)
-    for n in range(10):
-        bad = bytearray(good) if n < 8 else good[:rng.randrange(len(good))]
-        if n < 8:
-            at = rng.randrange(len(bad) // 4, len(bad) * 3 // 4)             # in the weights
-            bad[at] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad)
+def flip_a_bit(data, rng):
+    """In the middle half of the bytes, where the weights are."""
+    bad = bytearray(data)
+    bad[rng.randrange(len(bad) // 4, len(bad) * 3 // 4)] ^= 1 << rng.randrange(8)
+    return bytes(bad)
+
+
+def cut_short(data, rng):
+    return data[:rng.randrange(len(data))]
+
+
+@pytest.mark.parametrize("file, method", [
+    ("model.safetensors", "mdlm"), ("metastate.safetensors", "metastate"), ("resume.pt", "mdlm")])
+def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here, file, method):
+    options = ["--method", method, *SMALL, "--out", "run", "--steps", 1]
+    run_train(*options)
+    path, rng = Path("run") / file, random.Random(0)
+    good = path.read_bytes()
+    for damage in [flip_a_bit] * 8 + [cut_short] * 2:
+        path.write_bytes(damage(good, rng))
         with pytest.raises(ValueError, match="truncated or corrupted"):
-            run_train(*options, 1, "--resume") if file == "resume.pt" else sample.load_arms("run", "cpu")
-    if file == "resume.pt":                                                 # the cached pretrained backbone is read with the same care
-        Path("runs/pretrained-seed0").mkdir(parents=True)
-        Path("runs/pretrained-seed0/resume.pt").write_bytes(bad)
-        with pytest.raises(ValueError, match="pretrained-seed0/resume.pt cannot be read"):
-            run_train("--method", "memdlm", *SMALL)
+            if file == "resume.pt":
+                run_train(*options, "--resume")
+            else:
+                sample.load_arms("run", "cpu")
+
+
+def test_a_damaged_pretrained_backbone_is_named_before_it_is_used(here):
+    Path("runs/pretrained-seed0").mkdir(parents=True)
+    Path("runs/pretrained-seed0/resume.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="pretrained-seed0/resume.pt cannot be read"):
+        run_train("--method", "memdlm", *SMALL)
 
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
     with pytest.raises(ValueError, match="the loss is nan at step .* seed 0"):
-        run_train("--method", "mdlm", "--steps", 20, "--save_every", 1, *SMALL, "--lr", "1e30")
+        run_train(*MDLM, "--steps", 20, "--save_every", 1, "--lr", "1e30")
     load_backbone("runs/mdlm", "cpu")
 
 
-def test_memory_is_estimated_and_an_impossible_run_is_refused(here, capsys):
+def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
     llada = bb.config_from_json(REAL["llada"])
-    parts = train.estimate(llada, "metastate", 1, 1024, 0, 1.0, meta_cfg=metastate.for_backbone(llada))
-    assert parts["weights"] == 16_031_162_368 and sum(parts.values()) < 80e9
+    parts = train.estimate(llada, "metastate", 1, 1024, 0, meta_cfg=metastate.for_backbone(llada))
+    assert parts["weights"] == 16_031_162_368
+    assert sum(parts.values()) < 80e9
+
+
+def test_a_run_that_needs_more_memory_than_there_is_is_refused(here):
     with pytest.raises(ValueError, match="more memory than"):
-        run_train("--method", "mdlm", *SMALL, "--batch_size", 10 ** 9)
+        run_train(*MDLM, "--batch_size", 10 ** 9)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. The card and the README
+# --------------------------------------------------------------------------------------------------
+# 7. The files themselves and the README
 
-FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py", "test_all.py"]
+FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
+         "test_all.py"]
 
 
 def readme_commands():
     """Every indented `python ...` or `torchrun ...` line of the README, without its comment."""
     text = (HERE / "README.md").read_text()
-    lines = [line.strip().split("   #")[0] for line in re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text, flags=re.M)]
-    return [re.sub(r"^torchrun \S+", "python", line) for line in lines if "pytest" not in line and "-m " not in line]
+    lines = re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text, flags=re.M)
+    commands = [re.sub(r"^torchrun \S+", "python", line.split("   #")[0].strip()) for line in lines]
+    return [c for c in commands if "pytest" not in c and "-m " not in c]
 
 
-def test_every_command_of_the_readme_runs(here, capsys):
-    """With tiny settings, and tiny checkpoints of the right layout in place of the real ones."""
-    commands, words = readme_commands(), " ".join([niah.INTRO, bb.DEMO_QUESTION]).split()
-    assert len(commands) >= 10
-    write_jsonl = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in niah.make_samples(["multikey"], 40, 12, 0)]
-    Path("train.jsonl").write_text("\n".join(write_jsonl))
+def write_word_tokenizer(folder, words):
+    """A tokenizer that knows these words, split at white space."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocabulary = dict.fromkeys([*niah.vocabulary(), *words, *re.findall(r"[\w?']+", " ".join(commands)), *(w for c in commands for w in c.split())])
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    for name, family in {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada", "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}.items():
-        V = len(vocabulary)
-        sizes = {"vocab_size": V, "embedding_size": V, "mask_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512, "max_sequence_length": 512}
-        write_checkpoint(here / "Org" / name, family, **{k: v for k, v in sizes.items() if k in CONFIGS[family]})
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(here / "Org" / name)
-    main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main, "backbone.py": bb.check}
-    tiny = {"train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "2", "--accumulate", "1", "--max_len", "500", "--device", "cpu"],
-            "niah.py": ["--n", "2", "--device", "cpu"], "sample.py": ["--device", "cpu"], "backbone.py": ["--device", "cpu"]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+REAL_NAMES = {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada",
+              "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}
+
+
+def write_small_checkpoints(folder, commands):
+    """Tiny checkpoints of the right layout that know every word they will be asked for."""
+    texts = [niah.INTRO, bb.DEMO_QUESTION, *commands]
+    words = [word for text in texts for word in [*text.split(), *re.findall(r"[\w?']+", text)]]
+    vocabulary = dict.fromkeys([*niah.vocabulary(), *words])
+    sizes = dict(vocab_size=len(vocabulary), embedding_size=len(vocabulary), mask_token_id=1,
+                 eos_token_id=2, max_position_embeddings=512, max_sequence_length=512)
+    for name, family in REAL_NAMES.items():
+        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
+        write_checkpoint(folder / name, family, **known)
+        write_word_tokenizer(folder / name, vocabulary)
+
+
+SHORT = {"train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "2",
+                      "--accumulate", "1", "--max_len", "500", "--device", "cpu"],
+         "niah.py": ["--n", "2", "--device", "cpu"],
+         "sample.py": ["--device", "cpu"],
+         "backbone.py": ["--device", "cpu"]}
+SMALL_SLOTS = ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"]
+
+
+def shortened(command):
+    """A command of the README -> its script and its arguments, at sizes that take a second."""
+    _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
+    if script == "train.py" and "--backbone" in argv and "--unroll" not in argv:
+        argv += SMALL_SLOTS
+    if script == "niah.py" and "--lengths" in argv:
+        start = stop = argv.index("--lengths") + 1
+        while stop < len(argv) and not argv[stop].startswith("--"):
+            stop += 1
+        argv[start:stop] = ["64"]
+    # The shell would have expanded file patterns.
+    files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
+    argv = [a for some in files for a in some]
+    return script, argv if "--explain" in argv else argv + SHORT[script]
+
+
+def test_every_command_of_the_readme_runs(here):
+    """But for the measurements by hand: flags of test_all.py, and --bench."""
+    commands = readme_commands()
+    assert len(commands) >= 10
+    write_data("train.jsonl", 12)
+    write_small_checkpoints(here / "Org", commands)
+    main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
+            "backbone.py": bb.check}
     for command in commands:
-        import shlex
-        _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
-        if script == "train.py" and "--unroll" not in argv:
-            argv += ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"] if "--backbone" in argv else []
-        if script == "niah.py" and "--lengths" in argv:                     # one length, a short one
-            start = argv.index("--lengths") + 1
-            end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
-            argv[start:end] = ["64"]
-        if "--bench" in argv:                                               # minutes
+        if "--bench" in command or "test_all.py" in command:
             continue
-        argv = [file for word in argv for file in (sorted(glob.glob(word)) if "?" in word and "/" in word else [word])]
-        sys.argv = [script, *argv, *([] if "--explain" in argv else tiny[script])]
+        script, argv = shortened(command)
+        sys.argv = [script, *argv]
         main[script]()
-    capsys.readouterr()
 
 
-def test_only_the_five_packages_and_what_transformers_brings_are_imported():
-    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest", "safetensors", "huggingface_hub", "tokenizers"} | set(sys.stdlib_module_names)
-    for file in FILES:
-        for node in ast.walk(ast.parse((HERE / file).read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {n.split(".")[0] for n in names} <= allowed | {f[:-3] for f in FILES}, file
+@pytest.mark.parametrize("file", FILES)
+def test_only_the_five_packages_and_what_transformers_brings_are_imported(file):
+    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
+               "safetensors", "huggingface_hub", "tokenizers"}
+    allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
+    names = set()
+    for node in ast.walk(ast.parse((HERE / file).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.split(".")[0] for name in names} <= allowed
 
 
-def test_no_code_from_a_checkpoint_is_ever_run():
-    for file in FILES[:-1]:
-        text = (HERE / file).read_text()
-        assert not re.search(r"trust_remote_code\s*=", text) and text.count("torch.load(") == text.count("weights_only=True")
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_no_code_from_a_checkpoint_is_ever_run(file):
+    text = (HERE / file).read_text()
+    assert not re.search(r"trust_remote_code\s*=", text)
+    assert text.count("torch.load(") == text.count("weights_only=True")
 
 
-def test_every_equation_named_in_a_header_points_to_a_function_that_has_it():
-    for file, module in (("memdlm.py", memdlm), ("metastate.py", metastate), ("backbone.py", bb)):
-        for line in ast.get_docstring(ast.parse((HERE / file).read_text())).splitlines():
-            if line.startswith("Equations"):
-                for name in re.findall(r"-> (\w+)", line):
-                    assert hasattr(module, name) or any(hasattr(c, name) for c in vars(module).values() if isinstance(c, type)), (file, name)
+def equations_in(docstring):
+    """The header's "Eq. 6 -> inner_step; Eq. 7, Eq. 8 -> loss_memdlm" as (number, function)."""
+    header = re.search(r"^Equations.*?(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[0]
+    parts = re.findall(r"([^>]*)-> (\w+)", header)
+    return [(n, function) for text, function in parts for n in re.findall(r"Eq\. (\d+)", text)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_every_equation_in_memdlms_header_stands_in_the_function_it_points_to():
+    found = equations_in(memdlm.__doc__)
+    assert {"6", "7", "8", "9", "10"} <= {number for number, _ in found}
+    for number, function in found:
+        comments = re.findall(r"#.*", inspect.getsource(getattr(memdlm, function)))
+        assert any(re.search(rf"Eq\. {number}\b", c) for c in comments), (number, function)
+
+
+# --------------------------------------------------------------------------------------------------
 # 8. By hand: the learning run, and a checkpoint of the real size.
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: SLOW=1 python -m pytest -q test_all.py -k learns")
-def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchanged_canvas(tmp_path, monkeypatch):
-    """The default run. The frozen backbone is flat by construction; a question of h hops needs h + 1 passes."""
-    monkeypatch.chdir(tmp_path)
-    run_train("--method", "metastate")
-    backbone, tokenizer, arms = sample.load_arms("runs/metastate", "cpu")
+@pytest.fixture(scope="module")
+def learned_recall(tmp_path_factory):
+    """The default MetaState run -> recall(arm, passes, hops) over an unchanged canvas."""
+    folder = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py"])
+        run_train("--method", "metastate")
+        backbone, tokenizer, arms = sample.load_arms("runs/metastate", "cpu")
     rows = niah.recompute(backbone, tokenizer, arms, ["resolve"], 64, 500, 2, 5)
 
-    def recall(arm, passes, hops):
-        some = [r["recall"] for r in rows if (r["arm"], r["steps"]) == (arm, passes) and r["hops"] in hops]
+    def recall(arm, passes, hops=range(5)):
+        some = [row["recall"] for row in rows if row["arm"] == arm and row["steps"] == passes
+                and row["hops"] in hops]
         return sum(some) / len(some)
-    assert all(recall("frozen", p, range(5)) == recall("frozen", 1, range(5)) for p in range(1, 6))
-    assert recall("metastate", 2, [1]) > recall("frozen", 2, [1]) + 0.1
-    assert recall("metastate", 5, range(5)) > recall("reset", 5, range(5)) + 0.2
+    return recall
+
+
+slow = pytest.mark.skipif("SLOW" not in os.environ,
+                          reason="minutes: SLOW=1 python -m pytest -q test_all.py -k learns")
+
+
+@slow
+def test_the_frozen_backbone_learns_nothing_from_more_passes(learned_recall):
+    assert all(learned_recall("frozen", p) == learned_recall("frozen", 1) for p in range(2, 6))
+
+
+@slow
+def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchanged_canvas(
+        learned_recall):
+    """A question of h hops needs h + 1 passes."""
+    assert learned_recall("metastate", 2, [1]) > learned_recall("frozen", 2, [1]) + 0.1
+    assert learned_recall("metastate", 5) > learned_recall("reset", 5) + 0.2
+
+
+# The shards of the official release: which tensors lie in which of six files.
+LLADA_SHARDS = ["wte|ln_f|attn_out", "ff_out", "norm|q_proj", "k_proj|v_proj", "ff_proj", "up_proj"]
 
 
 def write_full_size(folder):
-    """A random bf16 checkpoint in LLaDA-8B's true layout: 291 tensors, six shards grouped by kind of tensor, 16.0 GB."""
+    """A random bf16 checkpoint in LLaDA-8B's true layout: 291 tensors in six files, 16.0 GB."""
     folder.mkdir(parents=True)
-    keys, weight_map, g = official_keys("llada", REAL["llada"]), {}, torch.Generator().manual_seed(0)
-    kinds = [("wte", "ln_f", "attn_out"), ("blocks.*ff_out", "ff_out"), ("norm", "q_proj"), ("k_proj", "v_proj"), ("ff_proj",), ("up_proj",)]
-    left = dict(keys)
-    for number, patterns in enumerate(kinds, 1):
-        part = {k: s for k, s in left.items() if any(re.search(p, k) for p in patterns)}
-        left = {k: s for k, s in left.items() if k not in part}
-        tensors = {k: torch.ones(s, dtype=torch.bfloat16) if len(s) == 1 else torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=g)
-                   for k, s in part.items()}
+    g = torch.Generator().manual_seed(0)
+    left = llada_keys(REAL["llada"])
+    weight_map = {}
+    for number, pattern in enumerate(LLADA_SHARDS, 1):
+        keys = [key for key in left if re.search(pattern, key)]
+        tensors = {}
+        for key in keys:
+            tensor = torch.ones(left.pop(key), dtype=torch.bfloat16)
+            tensors[key] = tensor if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=g)
         file = f"model-{number:05}-of-00006.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-        print(file, len(part), "tensors", flush=True)
+        weight_map |= dict.fromkeys(keys, file)
+        print(file, len(keys), "tensors", flush=True)
     assert not left
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(REAL["llada"]))
-    load_tokenizer("tiny").save_pretrained(folder)                          # stands in: its words are ids below 139
+    # The tiny tokenizer stands in for LLaDA's: its words are ids below 139.
+    load_tokenizer("tiny").save_pretrained(folder)
 
 
-if __name__ == "__main__":                                                  # python test_all.py --full-size DIR
+if __name__ == "__main__":
     write_full_size(Path(sys.argv[sys.argv.index("--full-size") + 1]))
