@@ -5,9 +5,11 @@ write (transformers' Llama, Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUC
 short loop written from the paper, without our helpers.
 By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
+  python test_all.py --card --family llada            times and memory of a real size on this card
   python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
                                                       LLaDA-8B's (README, "Running the real models")
 """
+import argparse
 import ast
 import contextlib
 import glob
@@ -20,6 +22,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -1215,8 +1218,9 @@ def test_tasks_fill_their_length_without_exceeding_it_and_stay_in_the_vocabulary
 
 
 @pytest.mark.parametrize("task", niah.TASKS)
-def test_a_tasks_own_answer_scores_full_recall(task):
-    for s in niah.make_samples([task], 64, 50, 0, "eval"):
+@pytest.mark.parametrize("length", [0, 64, 256])
+def test_a_tasks_own_answer_scores_full_recall(task, length):
+    for s in niah.make_samples([task], length, 50, 0, "eval"):
         assert niah.recall(s.refs, s.answer) == 1.0
         assert 0 < s.chance <= 1
         assert 0 <= s.depth <= 1
@@ -1919,5 +1923,237 @@ def write_full_size(folder):
     load_tokenizer("tiny").save_pretrained(folder)
 
 
+# --------------------------------------------------------------------------------------------------
+# 9. By hand: what one card can do. `python test_all.py --card --family llada`
+
+STEPS = {"mdlm": "MDLM + LoRA", "memdlm": "MemDLM + LoRA", "metastate": "MetaState"}
+LORA = 32
+FORMULA = """\
+ms: the median of three after a warm-up; a training step includes AdamW. Layers are recomputed in
+the backward pass. Tokens/s: tokens of the canvas. TFLOP/s: 2 FLOPs per weight and token forward
+and 2 more for the gradient that passes through it, of the weights a token meets (the head: answer
+tokens only). LoRA, phi and slots, attention's scores and the recomputation are not counted. Peak memory
+on the CPU is that of the whole process so far."""
+
+
+def build_on(device, cfg):
+    """A bf16 backbone whose random weights are made where they stay: no file, no copy."""
+    with torch.device("meta"):
+        model = Backbone(cfg).to(torch.bfloat16)
+    model.to_empty(device=device).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            p.normal_(0, 0.02)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def card_batch(cfg, length, device):
+    """One row, the second half of it the answer. t = 1 masks all of the answer in every state, so
+    the methods compute equally many logits, and as many as they ever will."""
+    x0 = torch.randint(3, max(cfg.mask_id, 100), (1, length), device=device)        # (1, L)
+    attend = torch.ones_like(x0, dtype=torch.bool)
+    given = attend.clone()
+    given[:, length // 2:] = False
+    t = torch.ones(1, device=device)
+    return train.Batch(x0, given, attend, t, torch.rand(1, length, device=device))
+
+
+def synchronize(device):
+    getattr(torch, torch.device(device).type).synchronize()
+
+
+def measured(function, device):
+    """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
+    function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(3):
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[1], sample.peak_memory()
+
+
+def pass_flops(model, meta_cfg, length):
+    """{what: FLOPs}, by FORMULA: a forward pass, or a training step of a method."""
+    N, layer = model.cfg.n_layers, size(model.layers[0])
+    if model.cfg.n_experts:
+        unused = model.cfg.n_experts - model.cfg.experts_per_token
+        layer -= unused * size(model.layers[0].ffn.experts[0])
+    first, start = memdlm.first_fast_layer(model, MemDLMConfig()), meta_cfg.inject_layers[0]
+    # (layers, heads) that a canvas passes through; with a gradient they count twice. MemDLM: the
+    # trunk once without and once with, the fast layers three times with. MetaState: K passes, with
+    # a gradient from the first injection on.
+    passes = {"pass": (N, 1),
+              "mdlm": (2 * N, 2),
+              "memdlm": (3 * first + 6 * (N - first), 6),
+              "metastate": (meta_cfg.unroll * (start + 2 * (N - start)), 2 * meta_cfg.unroll)}
+    return {what: 2 * length * (layers * layer + heads * size(model.lm_head) / 2)
+            for what, (layers, heads) in passes.items()}
+
+
+def card_passes(model, meta, b):
+    """{name: one denoising pass}: the logits of the answer."""
+    at = ~b.given
+    xt = b.x0.masked_fill(at, model.cfg.mask_id)
+    ctx = model.context(xt)
+    phi = memdlm.adapt_to_prompt(model, xt, b.attend, b.given, MemDLMConfig())
+    start = xt.shape[1] // 2
+    return {"plain": lambda: model(xt, None, at),
+            "with phi": lambda: model(xt, None, at, phi),
+            "with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start)}
+
+
+def card_step(method, model, meta, b):
+    """One training step of a method, as a function to call again and again."""
+    module = meta if method == "metastate" else model
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    n_answer = int((~b.given).sum())
+    stay = torch.zeros_like(b.t, dtype=torch.bool)
+
+    def loss():
+        if method == "mdlm":
+            xt, masked = corrupt(b.x0, b.t, b.given, model.cfg.mask_id, b.u)
+            return masked_loss(model(xt, b.attend, masked), b.x0, masked, b.t, n_answer)
+        if method == "memdlm":
+            return memdlm.loss_memdlm(model, b.x0, b.given, b.attend, b.t, b.u, b.t, n_answer,
+                                      MemDLMConfig())
+        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.t, stay,
+                                       meta.cfg.unroll, 0, b.u, 1)
+
+    def step():
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return step
+
+
+def what_fits(parts, length, memory):
+    """From the estimate for one row: the largest batch of that length, else the longest row, as
+    (batch, length); None if no row of 64 tokens fits."""
+    tokens = parts["activations"] + parts["logits"]
+    room = memory - parts["weights"] - parts["trained, gradient, Adam"]
+    batch = int(room // (tokens + parts["fast weights"]))
+    if batch >= 1:
+        return batch, length
+    shorter = int((room - parts["fast weights"]) / tokens * length)
+    return (1, shorter) if shorter >= 64 else None
+
+
+def show_row(name, seconds, flops, tokens=None, peak=None, estimate=None):
+    cells = [f"{1000 * seconds:.1f}",
+             f"{tokens / seconds:,.0f}" if tokens else "",
+             f"{flops / seconds / 1e12:.2f}",
+             f"{peak / 1e9:.2f}" if peak else "",
+             f"{estimate / 1e9:.2f}" if estimate else ""]
+    print(f"{name:<28}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+
+
+def card_arguments(argv):
+    parser = argparse.ArgumentParser(prog="test_all.py --card", description=(
+        "Times and memory of a backbone of the real size, random weights, no files."))
+    parser.add_argument("--family", choices=["tiny", *REAL], default="llada")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the one row")
+    args = parser.parse_args(argv)
+    cfg = BackboneConfig() if args.family == "tiny" else bb.config_from_json(REAL[args.family])
+    if not 64 <= args.length <= cfg.max_len:
+        raise ValueError(f"--length must lie between 64 and {cfg.max_len}, not {args.length}")
+    return args, cfg, bb.default_device(args.device)
+
+
+def card(argv):
+    """Prints one table, each row when it is known. What does not fit is not tried."""
+    args, cfg, device = card_arguments(argv)
+    length, meta_cfg = args.length, metastate.for_backbone(cfg)
+    # The framework itself takes about 1 GB.
+    memory = train.device_memory(device) - 1e9
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else device
+    print(f"{args.family} on {name}, {memory / 1e9:.1f} GB to use, torch {torch.__version__}, "
+          f"1 x {length:,} tokens, half of them the answer\n{FORMULA}", flush=True)
+    parts = {method: train.estimate(cfg, method, batch=1, length=length, scored=0.5,
+                                    lora=0 if method == "metastate" else LORA, meta_cfg=meta_cfg)
+             for method in STEPS}
+    fits = {method: what_fits(parts[method], length, memory) for method in STEPS}
+    for method, largest in fits.items():
+        verdict = "does not fit" if largest is None else "fits up to {} x {:,}".format(*largest)
+        print(f"{STEPS[method]} {verdict} (estimate: {train.show_estimate(parts[method])})")
+    if memory < parts["metastate"]["weights"]:
+        return print("the weights alone are larger than that: nothing to measure")
+    began = time.perf_counter()
+    model = build_on(device, cfg)
+    meta = MetaState(cfg, meta_cfg).to(device)
+    synchronize(device)
+    print(f"{size(model):,} parameters, built in {time.perf_counter() - began:.1f} s\n\n{'':<28}"
+          f"{'ms':>11}{'tokens/s':>11}{'TFLOP/s':>11}{'peak GB':>11}{'estimate':>11}", flush=True)
+    flops, batch = pass_flops(model, meta_cfg, length), card_batch(cfg, length, device)
+    with torch.no_grad():
+        for name, function in card_passes(model, meta, batch).items():
+            seconds, _ = measured(function, device)
+            show_row(f"denoising pass, {name}", seconds, flops["pass"], length)
+    model.checkpointing = True
+    # MetaState first: its backbone is without adapters.
+    for method in ("metastate", "mdlm", "memdlm"):
+        if method == "mdlm":
+            meta = None
+            model.add_lora(LORA, 2 * LORA)
+        if fits[method] is None or fits[method][1] < length:
+            print(f"{STEPS[method]:<28} not tried, see above", flush=True)
+            continue
+        try:
+            seconds, peak = measured(card_step(method, model, meta, batch), device)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{STEPS[method]:<28} out of memory, though it was estimated to fit", flush=True)
+            continue
+        show_row(f"training, {STEPS[method]}", seconds, flops[method], length, peak,
+                 sum(parts[method].values()))
+
+
+def test_the_card_command_measures_three_passes_and_three_steps(capsys):
+    card(["--family", "tiny", "--device", "cpu", "--length", "64"])
+    rows = re.findall(r"^(denoising pass|training), (.+?)  +[\d.]+ ", capsys.readouterr().out, re.M)
+    assert [name for _, name in rows] == ["plain", "with phi", "with slots", "MetaState",
+                                          "MDLM + LoRA", "MemDLM + LoRA"]
+
+
+def test_a_card_that_is_too_small_is_told_so_before_anything_is_built(capsys, monkeypatch):
+    monkeypatch.setattr(train, "device_memory", lambda device: 8e9)
+    monkeypatch.setattr(sys.modules[__name__], "build_on", None)
+    card(["--family", "dream", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "MemDLM + LoRA does not fit" in said
+    assert "the weights alone are larger" in said
+
+
+@pytest.mark.parametrize("memory, largest", [(100, (4, 256)), (32, (1, 142)), (24, None)])
+def test_what_fits_is_a_larger_batch_or_a_shorter_row_or_nothing(memory, largest):
+    parts = {"weights": 10, "trained, gradient, Adam": 10, "fast weights": 2,
+             "activations": 12.8, "logits": 5.12}
+    assert what_fits(parts, 256, memory) == largest
+
+
+def by_hand():
+    """`python test_all.py --WHAT ...`: the measurements that are no tests."""
+    what, *argv = sys.argv[1:] or [""]
+    if what == "--card":
+        card(argv)
+    elif what == "--full-size" and len(argv) == 1:
+        write_full_size(Path(argv[0]))
+    else:
+        raise ValueError("python test_all.py --card | --full-size DIR; the tests themselves: "
+                         "python -m pytest -q test_all.py")
+
+
+def test_an_unknown_measurement_is_answered_with_those_there_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test_all.py", "--magic"])
+    with pytest.raises(ValueError, match="--card"):
+        by_hand()
+
+
 if __name__ == "__main__":
-    write_full_size(Path(sys.argv[sys.argv.index("--full-size") + 1]))
+    bb.cli(by_hand)
