@@ -95,7 +95,7 @@ class Sample:
 
 @lru_cache(maxsize=None)
 def for_evaluation(first, second):
-    """A fixed fifth of all pairs of words: they occur in evaluation texts, the others in training."""
+    """A fixed fifth of all pairs of words: in evaluation texts only, the others in training."""
     return random.Random(f"{first} {second}").random() < 0.2
 
 

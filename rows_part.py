@@ -40,7 +40,7 @@ def mean_and_interval(cell, draws=2000):
 
     A bootstrap (percentiles, fixed seed) that draws training seeds and, within each task, texts,
     with replacement; every seed has seen the same texts, so a drawn text counts for all seeds. With
-    one seed it is over texts alone; three seeds still say little about a fourth. Never narrower than
+    one seed it is over texts alone; three say little about a fourth. Never narrower than
     Wilson's interval where all values are alike: then a resampled mean cannot move, although the
     next text might. With one text: None."""
     seeds = {seed: i for i, seed in enumerate(sorted({s for s, _ in cell}, key=str))}
