@@ -160,11 +160,12 @@ def qwen_keys(family, c):
         for x, rows in zip("qkvo", (D, kv, kv, D)):
             keys[f"{layer}self_attn.{x}_proj.weight"] = (rows, D)
         if family == "dream":
-            ffn, mlps = c["intermediate_size"], ["mlp"]
+            ffn = c["intermediate_size"]
+            mlps = ["mlp"]
             for x, rows in zip("qkv", (D, kv, kv)):
                 keys[f"{layer}self_attn.{x}_proj.bias"] = (rows,)
         else:
-            ffn, mlps = c["expert_intermediate_size"], []
+            ffn = c["expert_intermediate_size"]
             for x in "qk":
                 keys[f"{layer}self_attn.{x}_norm.weight"] = (d,)
             keys[f"{layer}mlp.gate.weight"] = (c["num_experts"], D)
@@ -608,7 +609,8 @@ def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tm
 def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0, cfg=0.0,
                     remasking="low_confidence"):
     """prompt (B, P) -> the answer (B, gen_length)."""
-    mask_id, B = model.cfg.mask_id, len(prompt)
+    B = len(prompt)
+    mask_id = model.cfg.mask_id
     x = torch.cat([prompt, torch.full((B, gen_length), mask_id)], 1)                # (B, L)
     fixed = x != mask_id
     blocks = gen_length // block_length
@@ -678,7 +680,8 @@ def reference_dream_token(logits, temperature, top_p, top_k):
 def reference_dream(model, prompt, gen_length, steps, alg, temperature=0.0, top_p=None,
                     top_k=None, alg_temp=None):
     """prompt (B, P) -> the answer (B, gen_length)."""
-    mask_id, B = model.cfg.mask_id, len(prompt)
+    B = len(prompt)
+    mask_id = model.cfg.mask_id
     x = torch.cat([prompt, torch.full((B, gen_length), mask_id)], 1)                # (B, L)
     time = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
@@ -1101,7 +1104,8 @@ def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
         real = batch.attend[row]
         x0 = batch.x0[row, real][None]                                              # (1, L)
         masked = ~batch.given[row, real][None]
-        slots, start = None, x0.shape[1] - 6
+        slots = None
+        start = x0.shape[1] - 6
         for _ in range(3):
             xt = x0.masked_fill(masked, model.cfg.mask_id)
             ratio = masked.sum(1) / 6
@@ -1238,7 +1242,8 @@ def test_each_needle_occurs_once_in_the_order_of_the_answer(task, length):
 def test_variable_tracking_can_be_solved_by_following_the_chain(task, hops):
     for s in niah.make_samples([task], 64, 50, 0, "eval"):
         name_of = {value: name for name, value in pairs_in(s.prompt)}
-        names, word = [], s.prompt.split()[-1]
+        names = []
+        word = s.prompt.split()[-1]
         while word in name_of:
             word = name_of[word]
             names.append(word)
@@ -1382,8 +1387,8 @@ def silent(backbone, xt, attend, start):
 
 
 def probe_accuracy(memory):
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
-    rows = niah.probe(model, tokenizer, memory, 32, 40, 3, 2)
+    model = load_backbone("tiny", "cpu")
+    rows = niah.probe(model, load_tokenizer("tiny"), memory, 32, 40, 3, 2)
     return sum(r["recall"] for r in rows) / len(rows)
 
 
@@ -1550,7 +1555,8 @@ JUNK = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3
 
 
 def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_number(here):
-    rng, refused = random.Random(0), 0
+    rng = random.Random(0)
+    refused = 0
     for _ in range(200):
         at = rng.randrange(len(GOOD_LINE))
         edited = GOOD_LINE[:at] + rng.choice(JUNK) + GOOD_LINE[at + rng.randint(0, 9):]
@@ -1703,7 +1709,8 @@ def cut_short(data, rng):
 def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here, file, method):
     options = ["--method", method, *SMALL, "--out", "run", "--steps", 1]
     run_train(*options)
-    path, rng = Path("run") / file, random.Random(0)
+    rng = random.Random(0)
+    path = Path("run") / file
     good = path.read_bytes()
     for damage in [flip_a_bit] * 8 + [cut_short] * 2:
         path.write_bytes(damage(good, rng))
@@ -1929,11 +1936,11 @@ def write_full_size(folder):
 STEPS = {"mdlm": "MDLM + LoRA", "memdlm": "MemDLM + LoRA", "metastate": "MetaState"}
 LORA = 32
 FORMULA = """\
-ms: the median of three after a warm-up; a training step includes AdamW. Layers are recomputed in
-the backward pass. Tokens/s: tokens of the canvas. TFLOP/s: 2 FLOPs per weight and token forward
-and 2 more for the gradient that passes through it, of the weights a token meets (the head: answer
-tokens only). LoRA, phi and slots, attention's scores and the recomputation are not counted. Peak memory
-on the CPU is that of the whole process so far."""
+ms: the median of three after a warm-up; a training step includes AdamW and recomputes the layers in
+its backward pass. Tokens/s: tokens of the canvas. TFLOP/s: 2 FLOPs per weight and token forward and
+2 more for the gradient that passes through it, of the weights a token meets (the head: answer
+tokens only); LoRA, phi, slots, attention's scores and the recomputation are not counted. Peak on
+the CPU: of the whole process so far."""
 
 
 def build_on(device, cfg):
@@ -1981,11 +1988,13 @@ def measured(function, device):
 
 def pass_flops(model, meta_cfg, length):
     """{what: FLOPs}, by FORMULA: a forward pass, or a training step of a method."""
-    N, layer = model.cfg.n_layers, size(model.layers[0])
+    N = model.cfg.n_layers
+    layer = size(model.layers[0])
     if model.cfg.n_experts:
         unused = model.cfg.n_experts - model.cfg.experts_per_token
         layer -= unused * size(model.layers[0].ffn.experts[0])
-    first, start = memdlm.first_fast_layer(model, MemDLMConfig()), meta_cfg.inject_layers[0]
+    first = memdlm.first_fast_layer(model, MemDLMConfig())
+    start = meta_cfg.inject_layers[0]
     # (layers, heads) that a canvas passes through; with a gradient they count twice. MemDLM: the
     # trunk once without and once with, the fast layers three times with. MetaState: K passes, with
     # a gradient from the first injection on.
@@ -2007,6 +2016,13 @@ def card_passes(model, meta, b):
     return {"plain": lambda: model(xt, None, at),
             "with phi": lambda: model(xt, None, at, phi),
             "with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start)}
+
+
+@torch.no_grad()
+def measure_passes(model, meta, b, flops):
+    for name, function in card_passes(model, meta, b).items():
+        seconds, _ = measured(function, model.device)
+        show_row(f"denoising pass, {name}", seconds, flops, b.x0.shape[1])
 
 
 def card_step(method, model, meta, b):
@@ -2070,7 +2086,8 @@ def card_arguments(argv):
 def card(argv):
     """Prints one table, each row when it is known. What does not fit is not tried."""
     args, cfg, device = card_arguments(argv)
-    length, meta_cfg = args.length, metastate.for_backbone(cfg)
+    length = args.length
+    meta_cfg = metastate.for_backbone(cfg)
     # The framework itself takes about 1 GB.
     memory = train.device_memory(device) - 1e9
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else device
@@ -2091,11 +2108,9 @@ def card(argv):
     synchronize(device)
     print(f"{size(model):,} parameters, built in {time.perf_counter() - began:.1f} s\n\n{'':<28}"
           f"{'ms':>11}{'tokens/s':>11}{'TFLOP/s':>11}{'peak GB':>11}{'estimate':>11}", flush=True)
-    flops, batch = pass_flops(model, meta_cfg, length), card_batch(cfg, length, device)
-    with torch.no_grad():
-        for name, function in card_passes(model, meta, batch).items():
-            seconds, _ = measured(function, device)
-            show_row(f"denoising pass, {name}", seconds, flops["pass"], length)
+    flops = pass_flops(model, meta_cfg, length)
+    batch = card_batch(cfg, length, device)
+    measure_passes(model, meta, batch, flops["pass"])
     model.checkpointing = True
     # MetaState first: its backbone is without adapters.
     for method in ("metastate", "mdlm", "memdlm"):
