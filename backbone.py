@@ -130,6 +130,9 @@ class BackboneConfig:
                              "ONLY: a model of its size does not learn key-value lookup in minutes "
                              "unless it can see the token before", 0, 999)
     # repr=False: fingerprints in existing MetaState checkpoints were taken over the other fields.
+    conv_residual: bool = option(False, "the convolution goes into the residual stream, so that the "
+                                 "feed-forward layers know the token before as well: fast weights "
+                                 "live there, and bind a value to its key only if they see the key")
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
     max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)
@@ -323,17 +326,21 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
-        self.near = None
+        self.conv = None
         if cfg.conv_width:
-            self.near = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
+            self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
+        self.conv_residual = cfg.conv_residual
 
     def forward(self, h, ctx, phi=None, name=""):  # (B, L, D)
-        if self.near is not None:
-            # into the residual stream, so that the feed-forward part, too, knows "the token before":
-            # fast weights live there, and can bind a value to its key only if they see the key
-            x = self.attn_norm(h)
-            h = h + depthwise(x if ctx.attend is None else x * ctx.attend[..., None], self.near)
-        h = h + self.attn(self.attn_norm(h), ctx)
+        x = self.attn_norm(h)
+        if self.conv is not None:
+            near = depthwise(x if ctx.attend is None else x * ctx.attend[..., None], self.conv)
+            if self.conv_residual:
+                h = h + near
+                x = self.attn_norm(h)
+            else:
+                x = x + near
+        h = h + self.attn(x, ctx)
         return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
 
 
@@ -367,10 +374,11 @@ class Backbone(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
-            elif name.endswith("near"):
-                # four times the usual bound: neighbours must be heard beside a token's own embedding.
-                # With the usual one, binding values to keys takes three times as many steps.
-                p.uniform_(-4 * p.shape[0] ** -0.5, 4 * p.shape[0] ** -0.5, generator=generator)
+            elif name.endswith("conv"):
+                # in the residual stream, neighbours must be heard beside a token's own embedding:
+                # with the smaller bound, binding values to keys takes about three times as long
+                bound = (4 if self.cfg.conv_residual else 1) * p.shape[0] ** -0.5
+                p.uniform_(-bound, bound, generator=generator)
             elif "embed" in name:
                 p.normal_(0, 0.5, generator=generator)
             elif p.ndim == 2:

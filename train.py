@@ -818,7 +818,10 @@ def prepare(cfg, inner_options, meta_options):
     backbone = load_backbone(source, device, dtype)
     inner, meta_cfg = memory_settings(cfg, backbone.cfg, inner_options, meta_options)
     closed = is_closed(cfg, inner)
-    # the closed book is learned from noise: a model that reads first binds values far more slowly
+    if closed and source == "tiny":
+        # learned from noise: a model that reads first binds values to keys far more slowly
+        torch.manual_seed(cfg.seed)
+        backbone = Backbone(BackboneConfig(conv_residual=True)).init_weights().to(device, dtype)
     to_pretrain = source == "tiny" and not closed and (cfg.method != "mdlm" or bool(cfg.lora))
     if to_pretrain:
         # trained below if need be; until then a new backbone stands in
