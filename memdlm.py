@@ -67,7 +67,7 @@ def for_backbone(config, inner_on=None):
         inner_on = "closed_book" if config.family == "tiny" else "response"
     if inner_on == "closed_book":
         return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
-                            questions=4, exact_from=0.4)
+                            questions=4, exact_from=0.6)
     return MemDLMConfig(inner_on=inner_on)
 
 

@@ -62,7 +62,7 @@ class MetaStateConfig:
     unroll: int = option(4, "K, denoising steps per training update", low=1)
     balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
                                  "the tokens that the step reveals", low=0, high=1)
-    concentration: float = option(0.3, "of the Dirichlet that shares the tokens out to the K steps: "
+    concentration: float = option(0.3, "of the Dirichlet that shares tokens out to the K steps: "
                                        "small = most tokens in one step, after passes over an "
                                        "unchanged canvas; large = equal shares", low=0.01)
     memory: str = option("slots", "slots, or a control: reset, feedback",
@@ -77,8 +77,8 @@ class MetaStateConfig:
             raise ValueError(f"slot_dim={self.slot_dim} is not a multiple of "
                              f"slot_heads={self.slot_heads}")
         if head_dim % 2 or self.cond_dim % 2:
-            raise ValueError(f"slot_dim / slot_heads = {head_dim} and cond_dim={self.cond_dim} must "
-                             f"be even: their codes are pairs of sine and cosine")
+            raise ValueError(f"slot_dim / slot_heads = {head_dim} and cond_dim={self.cond_dim} "
+                             f"must be even: their codes are pairs of sine and cosine")
         layers = sorted(set(self.inject_layers))
         where = f"inject_layers={self.inject_layers}, read_layer={self.read_layer}"
         if not layers or layers[-1] > n_layers or not -n_layers <= self.read_layer < n_layers:

@@ -425,8 +425,8 @@ def arguments():
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
                         help="chat template (default: on for Instruct models)")
     parser.add_argument("--closed_book", action="store_true",
-                        help="write each prompt up to its question (the last line, or the last \"?\" "
-                        "and what follows) into fast weights, hide it, and ask the question")
+                        help="write each prompt up to its question (the last line, or the last "
+                        "\"?\" and what follows) into fast weights, hide it, and ask the question")
     parser.add_argument("--watch", action="store_true",
                         help="show the canvas after every step, and what the slots read")
     parser.add_argument("--explain", action="store_true",

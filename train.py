@@ -98,7 +98,7 @@ OTHERS = [task for task in niah.TASKS if task != "resolve"]
 DEFAULTS = {
     "pretrain": dict(steps=8000, batch_size=48, lr=3e-3, full_share=0.3, **TINY),
     "finetune": dict(steps=400, batch_size=32, lr=2e-5, full_share=0.5, **TINY),
-    "closed_book": dict(steps=900, batch_size=128, lr=3e-3, full_share=0.3, **TINY),
+    "closed_book": dict(steps=1000, batch_size=128, lr=3e-3, full_share=0.3, **TINY),
     "metastate": {**TINY, **dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0,
                                  tasks=["resolve"] * len(OTHERS) + OTHERS)},
     "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
@@ -106,8 +106,8 @@ DEFAULTS = {
                       lora_dropout=0.05, tasks=list(niah.TASKS))}
 
 # All that a run writes into its folder, and all that --overwrite deletes.
-WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl closed_book.jsonl
-    adapter_model.safetensors adapter_config.json metastate.safetensors metastate.json
+WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
+closed_book.jsonl     adapter_model.safetensors adapter_config.json metastate.safetensors metastate.json
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()
 
@@ -341,6 +341,7 @@ class Run:
         self.examples, self.held_examples = data or (None, None)
         self.width = niah.BUDGET if data is None else 0                 # of an answer, at least
         self.closed = is_closed(cfg, inner)
+        self.closed_niah = self.closed and data is None
         self.exact_step = inner.exact_from * cfg.steps
         self.meta = None
         # the arm whose held-out loss is logged; its memory, and passes over the canvas
@@ -404,7 +405,7 @@ class Run:
 
     def closed_samples(self, step, rng):
         """Texts with some questions each. As long as the gradient is first order the facts stand
-        alone; then they lie among filler of up to four times the usual length, in several chunks."""
+        alone; then they lie among filler, up to four times the usual length, in several chunks."""
         c = self.cfg.context
         length = rng.choice([0, c // 2, c, 2 * c, 4 * c]) if step >= self.exact_step else 0
         count = niah.token_counter(self.tokenizer, self.backbone.cfg)
@@ -433,8 +434,7 @@ class Run:
     def steps(self):
         """The numbers of the steps to do; after each: log, held-out loss, checkpoint."""
         cfg = self.cfg
-        arm, memory, passes = self.watched
-        column = f"held_out_{arm}"
+        column = "recalled" if self.closed_niah else f"held_out_{self.watched[0]}"
         held_out = math.nan
         for step in range(self.first_step, cfg.steps):
             began = time.time()
@@ -455,7 +455,8 @@ class Run:
             row = dict(step=step, loss=self.loss, grad_norm=float(self.grad_norm),
                        lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
             if done % cfg.eval_every == 0 or done == cfg.steps:
-                held_out = row[column] = self.held_out_loss(memory, passes)
+                held_out = row[column] = self.recalled() if self.closed_niah \
+                    else self.held_out_loss(*self.watched[1:])
             if self.rank == 0:
                 with open(self.out / "log.jsonl", "a") as f:
                     f.write(json.dumps(row) + "\n")
@@ -475,6 +476,12 @@ class Run:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         return joined.item()
+
+    def recalled(self, n=50):
+        """Closed book: the share of n held-out texts of four facts that phi answers from."""
+        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["blind"], [4], [0],
+                                n, 0)
+        return sum(r["recall"] for r in rows) / n
 
     # -- held-out loss ---------------------------------------------------------------------------
 
@@ -915,17 +922,17 @@ def report(run):
     """The tables at the end, and how to go on."""
     cfg = run.cfg
     how = ["niah.py --checkpoint {} --lengths 64 128 256",
-           "sample.py --checkpoint {} --watch --prompt \"the sky is blue . river = 47 . stone = 12 . "
-           "? river =\""]
+           "sample.py --checkpoint {} --watch --prompt \"the sky is blue . river = 47 . "
+           "stone = 12 . ? river =\""]
     if run.closed:
         report_closed_book(run)
         how = ["niah.py --checkpoint {} --closed_book --lengths 0 64 256 1024 4096 --n 200",
-               "sample.py --checkpoint {} --closed_book --watch --prompt \"the sky is blue . river = "
-               "47 . stone = 12 . ? river =\""]
+               "sample.py --checkpoint {} --closed_book --watch --prompt \"the sky is blue . "
+               "river = 47 . stone = 12 . ? river =\""]
     elif run.meta is not None:
         report_metastate(run)
-        how[1] = ("sample.py --checkpoint {} --watch --prompt \"table = 34 . pepper = table . the sky "
-                  "is blue . candle = pepper . ? candle is\"")
+        how[1] = ("sample.py --checkpoint {} --watch --prompt \"table = 34 . pepper = table . "
+                  "the sky is blue . candle = pepper . ? candle is\"")
     else:
         report_two_arms(run)
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory "
@@ -1001,7 +1008,7 @@ def print_estimate(cfg, inner_options, meta_options):
 # 7. Command line.
 
 def parse(argv=None):
-    """TrainConfig, the MemDLM and the MetaState flags that were given, and whether to --estimate."""
+    """TrainConfig, the MemDLM and MetaState flags that were given, and whether to --estimate."""
     parser = argparse.ArgumentParser(
         description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
                     "runs on a laptop in minutes: it trains a tiny model whose weights can be "
