@@ -786,7 +786,9 @@ def fill_in(cfg, family, closed, n_examples=None, world=1):
 
 def memory_settings(cfg, model_cfg, inner_options, meta_options):
     """The settings of both memories, of which --method uses one; ValueError if they cannot work."""
-    inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on"))
+    # a backbone that was not trained to be written to is read with the paper's inner loop
+    default = None if cfg.method == "memdlm" else "response"
+    inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
     inner = validate(dataclasses.replace(inner, **inner_options))
     meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
     meta.check(model_cfg.n_layers)
