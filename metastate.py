@@ -28,7 +28,8 @@ Decided here (measured effects are in the README):
   needs is what the first one worked out about the prompt.
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
-- How unequal the steps of an unrolled trajectory are (draw_reveals): this is what decides.
+- The curriculum, and how unequal the steps of an unrolled trajectory are (draw_reveals): this is
+  what decides whether anything is learned.
 Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
@@ -62,7 +63,9 @@ class MetaStateConfig:
     unroll: int = option(4, "K, denoising steps per training update", low=1)
     balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
                                  "the tokens that the step reveals", low=0, high=1)
-    concentration: float = option(0.3, "of the Dirichlet that shares tokens out to the K steps: "
+    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in one "
+                                    "step, after passes over an unchanged canvas", low=0, high=1)
+    concentration: float = option(0.5, "of the Dirichlet that shares tokens out to the K steps: "
                                        "small = most tokens in one step, after passes over an "
                                        "unchanged canvas; large = equal shares", low=0.01)
     memory: str = option("slots", "slots, or a control: reset, feedback",
@@ -325,13 +328,18 @@ class MetaState(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 3. K-step unrolling.
 
-def draw_reveals(n, settings, seed):
+def draw_reveals(n, settings, progress, seed):
     """How many of the n[b] masked tokens each of the K steps reveals: (B, K), rows sum to n.
-    Published: Dirichlet-multinomial. Its concentration is ours; below 1 most draws reveal nearly
-    everything in one step, so that the steps before it see an unchanged canvas, where only memory
-    can help."""
+
+    Published: Dirichlet-multinomial. Ours: its concentration, and a curriculum. For the first part of
+    the training (progress in [0, 1] below `curriculum`) a row reveals everything in one step, not the
+    first: the steps before it see an unchanged canvas, where only memory can help."""
     rng = np.random.default_rng(seed)
-    share = rng.dirichlet([settings.concentration] * settings.unroll, len(n))           # (B, K)
+    K = settings.unroll
+    if progress < settings.curriculum:
+        at = rng.integers(min(1, K - 1), K, len(n))                                     # (B,)
+        return n[:, None] * F.one_hot(torch.from_numpy(at), K).to(n.device)
+    share = rng.dirichlet([settings.concentration] * K, len(n))                         # (B, K)
     return torch.from_numpy(rng.multinomial(n.cpu().numpy(), share)).to(n.device)
 
 

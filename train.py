@@ -185,7 +185,7 @@ def train_metastate(run):
         batch, _ = run.batch(step)
         B = len(batch.x0)
         reveals = metastate.draw_reveals((~batch.given).sum(1), run.meta.settings,
-                                         run.step_seed(step))
+                                         step / run.cfg.steps, run.step_seed(step))
         loss_sum = 0.0
         run.optimizer.zero_grad()
         for rows, counts in zip(run.micro_batches(batch), run.split(reveals)):
