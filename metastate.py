@@ -63,8 +63,8 @@ class MetaStateConfig:
     unroll: int = option(4, "K, denoising steps per training update", low=1)
     balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
                                  "the tokens that the step reveals", low=0, high=1)
-    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in one "
-                                    "step, after passes over an unchanged canvas", low=0, high=1)
+    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in "
+                                    "one step, after passes over an unchanged canvas", low=0, high=1)
     concentration: float = option(0.5, "of the Dirichlet that shares tokens out to the K steps: "
                                        "small = most tokens in one step, after passes over an "
                                        "unchanged canvas; large = equal shares", low=0.01)
@@ -331,8 +331,9 @@ class MetaState(nn.Module):
 def draw_reveals(n, settings, progress, seed):
     """How many of the n[b] masked tokens each of the K steps reveals: (B, K), rows sum to n.
 
-    Published: Dirichlet-multinomial. Ours: its concentration, and a curriculum. For the first part of
-    the training (progress in [0, 1] below `curriculum`) a row reveals everything in one step, not the
+    Published: Dirichlet-multinomial. Ours: its concentration, and a curriculum. For the first part
+    of the training (progress in [0, 1] below `curriculum`) a row reveals everything in one step,
+    not the
     first: the steps before it see an unchanged canvas, where only memory can help."""
     rng = np.random.default_rng(seed)
     K = settings.unroll
