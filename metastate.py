@@ -2,10 +2,11 @@
 of a frozen backbone.
 
 Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, and what a later paper says of its
-training loss; its body, its hyper-parameters and its code could NOT be read. "Published" below
-marks what these sources fix. Everything else is our decision, to be checked against the PDF.
-Published: the frozen backbone, the Mixer, Updater and Injector and what each of them does, a shared
-time conditioner, K-step unrolling over the whole trajectory and its loss (loss_unrolled).
+training loss; its body, its hyper-parameters and its code could NOT be read. Published, in these
+sources: the frozen backbone, the Mixer, Updater and Injector and what each of them does, a shared
+time conditioner, K-step unrolling, K = 4. Everything else is our decision, to be checked against
+the PDF. Known to differ: there the K steps partition the whole trajectory in random order, with
+w_k = n_k / N_m as the weight of a step that reveals n_k of N_m tokens (README, differences).
 Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it
 had worked out is computed again (the "Information Island"). MetaState lets every step read what the
 last one wrote: the Injector adds the slots to the activations, the backbone runs, the Mixer reads
@@ -28,8 +29,7 @@ Decided here (measured effects are in the README):
   needs is what the first one worked out about the prompt.
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
-- The curriculum, and how unequal the steps of an unrolled trajectory are (draw_reveals): this is
-  what decides whether anything is learned.
+- The curriculum (draw_unroll): it decides whether anything is learned.
 Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
@@ -38,14 +38,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import (answer_start, config_from_dict, load_backbone, open_shard, option, read_json,
-                      save_tensors, smallest, validate, write_json)
+from backbone import (answer_start, config_from_dict, corrupt, load_backbone, open_shard, option,
+                      read_json, save_tensors, smallest, validate, write_json)
 
 
 @dataclass
@@ -60,14 +60,7 @@ class MetaStateConfig:
     inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
                                         "the head", low=0, nargs="+")
     read_layer: int = option(-1, "read after this layer; -1 = the last one")
-    unroll: int = option(4, "K, denoising steps per training update", low=1)
-    balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
-                                 "the tokens that the step reveals", low=0, high=1)
-    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in "
-                                    "one step, after passes over an unchanged canvas", low=0, high=1)
-    concentration: float = option(0.5, "of the Dirichlet that shares tokens out to the K steps: "
-                                       "small = most tokens in one step, after passes over an "
-                                       "unchanged canvas; large = equal shares", low=0.01)
+    unroll: int = option(5, "K, most denoising steps of a training update; 2 to K are drawn", low=1)
     memory: str = option("slots", "slots, or a control: reset, feedback",
                          choices=["slots", "reset", "feedback"])
 
@@ -101,7 +94,7 @@ def for_backbone(config):
     if config.family == "tiny":
         return MetaStateConfig()
     return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
-                           inject_layers=(config.n_layers // 2,))
+                           unroll=4, inject_layers=(config.n_layers // 2,))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,56 +321,66 @@ class MetaState(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 3. K-step unrolling.
 
-def draw_reveals(n, settings, progress, seed):
-    """How many of the n[b] masked tokens each of the K steps reveals: (B, K), rows sum to n.
+class Unroll(NamedTuple):
+    """One update's trajectories: where they start, how they move, which steps bear loss."""
+    t: torch.Tensor             # (B,) mask ratio of the first state
+    stay: torch.Tensor          # (B,) bool, rows whose canvas does not change
+    steps: int                  # K, denoising steps
+    first_loss: int             # the first step that bears loss
 
-    Published: Dirichlet-multinomial. Ours: its concentration, and a curriculum. For the first part
-    of the training (progress in [0, 1] below `curriculum`) a row reveals everything in one step,
-    not the
-    first: the steps before it see an unchanged canvas, where only memory can help."""
-    rng = np.random.default_rng(seed)
+
+def draw_unroll(t, progress, settings, seed):
+    """The curriculum, which decides whether anything is learned. t (B,): the batch's own mask
+    ratios, kept by a fifth of the rows; the others start fully masked. progress: in [0, 1).
+
+    First passes over an unchanged canvas, with loss on every pass but the first: only memory can
+    help there. Then trajectories, in six rows of ten; K is drawn, because a model trained with one
+    number of passes fails with more."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.where(torch.rand(len(t), generator=generator) < 0.8, 1.0, t)
     K = settings.unroll
-    if progress < settings.curriculum:
-        at = rng.integers(min(1, K - 1), K, len(n))                                     # (B,)
-        return n[:, None] * F.one_hot(torch.from_numpy(at), K).to(n.device)
-    share = rng.dirichlet([settings.concentration] * K, len(n))                         # (B, K)
-    return torch.from_numpy(rng.multinomial(n.cpu().numpy(), share)).to(n.device)
+    if progress < 0.4:
+        return Unroll(t, torch.ones(len(t), dtype=torch.bool), min(3, K), min(1, K - 1))
+    stay = torch.rand(len(t), generator=generator) < 0.4
+    steps = int(torch.randint(min(2, K), K + 1, (), generator=generator))
+    return Unroll(t, stay, steps, 0)
 
 
-def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
-    """The K-step unrolled loss, published form: sum over k of w_k [lambda dense_k + (1 - lambda)
-    reveal_k].
+def loss_unrolled(model, backbone, x0, given, attend, u, unroll, n_rows):
+    """The K-step unrolled loss: the mean over the steps that bear loss of the masked CE.
 
-    The steps partition the trajectory from all masked to nothing masked. x0, given, attend, u (B,
-    L);
-    u: random numbers, tokens are revealed in the order of u with their true values; reveals (B, K);
-    n_rows: of the whole batch, all micro-batches and ranks. Answers stand at the end of the rows.
+    x0, given, attend, u (B, L); unroll: draw_unroll's, for these rows; n_rows: of the whole batch,
+    all micro-batches and ranks. Answers stand at the end of the rows.
     Gradients reach the modules through all K steps: through the slots, and through the frozen
     layers above the injection."""
-    balance = model.settings.balance
     ctx = backbone.context(x0, attend)
     start = answer_start(given)
+    # 1. The first state, M_1; one token of each row is masked at least, so that each has a
+    # trajectory
     u = u.masked_fill(given, 2.0)
-    n = (~given).sum(1)                                                     # (B,) N_m
+    t = torch.maximum(unroll.t, u.min(1).values + 1e-6)
+    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
     slots = None                                                            # s_0
-    clean = given                                                           # (B, L) revealed so far
     loss = 0.0
-    for k in range(reveals.shape[1]):
-        # 1. One denoising step with memory
-        masked = ~clean
-        count = masked.sum(1)
-        xt = x0.masked_fill(masked, backbone.cfg.mask_id)
-        logits, slots, _ = model.step(backbone, ctx, xt, count / n, slots, masked, start)
-        # 2. The tokens that this step reveals
-        n_k = reveals[:, k]
-        clean = given | smallest(u, reveals[:, :k + 1].sum(1))
-        revealed = masked & clean
-        # 3. w_k = n_k / N_m;  dense_k: mean CE over all masked tokens;  reveal_k: mean over the
-        # revealed
-        dense = (n_k / n / count.clamp(min=1))[:, None]                     # (B, 1)
-        weight = balance * dense + (1 - balance) * revealed / n[:, None]    # (B, L)
-        ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")  # (N,)
-        loss = loss + (ce * weight[masked]).sum() / n_rows
+    for k in range(unroll.steps):
+        # 2. One denoising step with memory
+        count = masked.sum(1)                                               # (B,)
+        ratio = count / (~given).sum(1)
+        logits, slots, _ = model.step(backbone, ctx, xt, ratio, slots, masked, start)   # (N, V)
+        # 3. Its loss: mean over a row's masked tokens, mean over rows
+        if k >= unroll.first_loss:
+            ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")          # (N,)
+            per_row = 1 / count / n_rows / (unroll.steps - unroll.first_loss)
+            loss = loss + (ce * per_row[masked.nonzero()[:, 0]]).sum()
+        # 4. The next state: reveal the surest masked token, as the sampler will, with its true
+        # value
+        p = logits.detach().float().softmax(-1).max(-1).values              # (N,)
+        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
+        # the last mask stays: every state has a loss
+        moves = ~unroll.stay & (count > 1)
+        reveal = smallest(unsure, moves.long())
+        xt = torch.where(reveal, x0, xt)
+        masked = masked & ~reveal                                           # M_{k+1} inside M_k
     return loss
 
 

@@ -181,17 +181,18 @@ def train_metastate(run):
     """K-step unrolling: K denoising steps in one graph, slots carried along; the backbone is
     frozen."""
     for step in run.steps():
-        # 1. A batch, and for each row how many tokens each of the K steps reveals
+        # 1. A batch, and the trajectories of its rows
         batch, _ = run.batch(step)
-        B = len(batch.x0)
-        reveals = metastate.draw_reveals((~batch.given).sum(1), run.meta.settings,
-                                         step / run.cfg.steps, run.step_seed(step))
+        unroll = metastate.draw_unroll(batch.t, step / run.cfg.steps, run.meta.settings,
+                                       run.step_seed(step))
         loss_sum = 0.0
         run.optimizer.zero_grad()
-        for rows, counts in zip(run.micro_batches(batch), run.split(reveals)):
+        batch = batch._replace(t=unroll.t)
+        for rows, stay in zip(run.micro_batches(batch), run.split(unroll.stay)):
             # 2. The unrolled loss: metastate.loss_unrolled
+            part = unroll._replace(t=rows.t, stay=stay.to(run.device))
             loss = metastate.loss_unrolled(run.meta, run.backbone, rows.x0, rows.given, rows.attend,
-                                           rows.u, counts.to(run.device), B)
+                                           rows.u, part, len(batch.x0))
             loss.backward()
             loss_sum += loss.item()
         # 3. Update Mixer, Updater, Injector and time conditioner
