@@ -446,9 +446,9 @@ def close_book(backbone, tokenizer, texts, folder):
     import memdlm
     questions = []
     contexts = []
-    for text in texts:
+    for text in map(str.strip, texts):
         at = text.rfind("\n") + 1 or text.rfind("?")
-        if at < 1 or not text[:at].strip():
+        if at < 1:
             raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
                              f"with a line of its own, or with \"? ...\"")
         contexts.append(encode(tokenizer, text[:at].strip()))

@@ -5,6 +5,8 @@ write (transformers' Llama, Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUC
 short loop written from the paper, without our helpers.
 By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
+  python test_all.py --bench                          times of both memories side by side, minutes
+  python test_all.py --rows FILES --against "mdlm off"    one table over training seeds
   python test_all.py --card --family llada            times and memory of a real size on this card
   python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
                                                       LLaDA-8B's (README, "Running the real models")
@@ -12,10 +14,12 @@ By hand:
 import argparse
 import ast
 import contextlib
+import dataclasses
 import glob
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,6 +29,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,7 +43,7 @@ import sample
 import train
 from backbone import Backbone, BackboneConfig, corrupt, load_backbone, load_tokenizer, masked_loss
 from memdlm import MemDLMConfig
-from metastate import MetaState, MetaStateConfig
+from metastate import MetaStateConfig
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
@@ -83,7 +88,8 @@ def batch():
     given = torch.ones_like(attend)
     given[:, 8:] = False
     t = torch.tensor([0.3, 0.9, 0.6, 1.0])
-    return train.Batch(x0, given, attend, t, torch.rand(4, 14, generator=g))
+    u = torch.rand(4, 14, generator=g)
+    return train.Batch(x0, given, attend, t, u, torch.zeros_like(given))
 
 
 CONFIGS = {
@@ -333,7 +339,7 @@ def test_the_head_on_chosen_positions_gives_the_logits_of_the_whole_there(model)
 
 def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
     ids = torch.randint(3, 40, (2, 7))
-    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).bias is None
+    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).attend is None
 
 
 def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
@@ -483,7 +489,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 
 
 def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
-    model = random_backbone(vocab_size=139)
+    model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path, load_tokenizer("tiny"))
     ids = torch.randint(3, 40, (2, 7))
     assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
@@ -491,7 +497,7 @@ def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path
 
 
 def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
-    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, load_tokenizer("tiny"))
+    bb.save_backbone(random_backbone(vocab_size=138), tmp_path, load_tokenizer("tiny"))
     vocabulary = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
     with pytest.raises(ValueError, match="another vocabulary"):
@@ -601,6 +607,286 @@ def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tm
         assert matrices - found == {"model.transformer.wte", "model.transformer.ff_out"}
     else:
         assert matrices - found == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_residual_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
+    """Without attention, token i depends on token i - 1 only if the convolution is residual."""
+    def influence(**options):
+        model = random_backbone(**options)
+        for layer in model.layers:
+            layer.attn.o.weight.zero_()
+        ids = torch.randint(3, 40, (1, 9))
+        other = ids.clone()
+        other[0, 3] = (other[0, 3] - 2) % 37 + 3
+        return (model(ids) - model(other))[0, 4].abs().max()
+    assert influence() == 0
+    assert influence(conv_residual=True) > 0
+    model = random_backbone(conv_residual=True)
+    row = torch.randint(3, 40, (1, 9))
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), row], 1)
+    attend = torch.arange(14)[None] >= 5
+    torch.testing.assert_close(model(padded, attend)[:, 5:], model(row), atol=1e-5, rtol=1e-4)
+
+
+# Family, changed entries of its config.json (a text: the whole file), what the message must say.
+OURS = '{"architectures": ["Backbone"], "backbone": %s}'
+
+
+BAD_CONFIGS = [
+    ("llada", dict(n_layers="2"), "n_layers must be int, not '2'"),
+    ("llada", dict(d_model=64.0), "d_model must be int, not 64.0"),
+    ("llada", dict(n_heads=0), "n_heads must be at least 1"),
+    ("llada", dict(n_heads=None), "a llada config needs the entry n_heads"),
+    ("llada", dict(rms_norm_eps="1e-5"), "rms_norm_eps must be float"),
+    ("llada", dict(rms_norm_eps=math.nan), "rms_norm_eps must be"),
+    ("llada", dict(rope_theta=[1]), "rope_theta must be float"),
+    ("llada", dict(rope_full_precision="yes"), "rope_full_precision must be bool"),
+    ("llada", dict(n_kv_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ("llada", dict(mask_token_id="60"), "mask_token_id must be int, not '60'"),
+    ("llada", dict(mask_token_id=80), "mask_id=80 lies outside the vocabulary of 80"),
+    ("llada", dict(mask_token_id=-1), "mask_token_id must be at least 0"),
+    ("llada", dict(mask_token_id=None), "mask_id=126336 lies outside the vocabulary of 80"),
+    ("llada", dict(eos_token_id=[61, 80]), "extra_stop_ids=80 lies outside the vocabulary of 80"),
+    ("llada", dict(eos_token_id=[61, "62"]), "eos_token_id must be int, not '62'"),
+    ("llada", dict(eos_token_id=[]), "eos_token_id must be int"),
+    ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling = {'factor': 2} is not supported"),
+    ("llada", dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4} is not"),
+    ("llada", dict(weight_tying=1), "weight_tying = 1 is not supported"),
+    ("llada", dict(rope=None), "rope = None is not supported"),
+    ("llada", dict(mlp_hidden_size="96"), "mlp_hidden_size must be int"),
+    ("llada", dict(mlp_ratio="4", mlp_hidden_size=None), "needs the entry mlp_hidden_size"),
+    ("llada", dict(architectures="LLaDAModelLM"), "architectures must be a list of one name"),
+    ("llada", dict(architectures=[]), "architectures must be a list"),
+    ("llada", dict(architectures=None), "architectures must be a list"),
+    ("llada", dict(architectures=[["LLaDAModelLM"]]), "is not supported; known: "),
+    ("dream", dict(num_attention_heads="4"), "num_attention_heads must be int, not '4'"),
+    ("dream", dict(num_key_value_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ("dream", dict(intermediate_size=None), "a dream config needs the entry intermediate_size"),
+    ("dream", dict(head_dim=15), "head_dim=15: RoPE needs two equal halves"),
+    ("dream", dict(quantization_config={"bits": 4}), "quantization_config = "),
+    ("dream", dict(rope_scaling={"type": "yarn"}), "rope_scaling = "),
+    ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 does not fit n_experts=8"),
+    ("llada_moe", dict(num_experts=0), "experts_per_token=3 does not fit n_experts=0"),
+    ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq: only ones"),
+    ("llada_moe", dict(moe_layer_freq="x"), "moe_layer_freq: only ones"),
+    ("llada_moe", dict(qk_layernorm=None), "a llada_moe config needs the entry qk_layernorm"),
+    ("llada", "[]", "must hold an object, not a list"),
+    ("llada", "[" * 100_000, "is not valid JSON"),
+    ("llada", '{"architectures": ["Backbone"]}', "backbone: expected an object, found NoneType"),
+    ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer is an unknown entry"),
+    ("llada", OURS % '{"n_layers": "3"}', "backbone: n_layers must be int"),
+    ("llada", OURS % '{"conv_width": 4}', "conv_width=4 is even"),
+    ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids must be a list"),
+]
+
+
+@pytest.mark.parametrize("family, change, message", BAD_CONFIGS)
+def test_a_bad_config_json_is_refused_with_file_and_entry(tmp_path, family, change, message):
+    path = tmp_path / "config.json"
+    if isinstance(change, dict):
+        change = json.dumps({**CONFIGS[family], **change})
+    path.write_text(change)
+    with pytest.raises(ValueError) as caught:
+        load_backbone(tmp_path, "cpu")
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
+    (dict(mask_token_id=0), dict(mask_id=0)),
+    (dict(eos_token_id=0), dict(eos_id=0)),
+    (dict(mlp_hidden_size=None), dict(d_ff=256)),
+    (dict(mlp_hidden_size=None, mlp_ratio=2), dict(d_ff=128)),
+    (dict(bias_for_layer_norm=None, n_kv_heads=None), dict(n_kv_heads=4)),
+    (dict(rms_norm_eps=0, rope_theta=10000), dict(norm_eps=0)),
+])
+def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially(change, expected):
+    cfg = bb.config_from_json({**CONFIGS["llada"], **change})
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda index: index.pop("weight_map"), "weight_map must be an object"),
+    (lambda index: index.update(weight_map=["a"]), "weight_map must be an object"),
+    (lambda index: index["weight_map"].update(x="../x.bin"), "'../x.bin', which is"),
+    (lambda index: index["weight_map"].update(x="/etc/passwd"), "'/etc/passwd', which is no file"),
+    (lambda index: index["weight_map"].update(x=3), "3, which is no file"),
+    (lambda index: index["weight_map"].clear(), "missing model.transformer"),
+])
+def test_a_bad_index_of_the_weights_is_named(tmp_path, change, message):
+    write_checkpoint(tmp_path, "llada")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("dtype, message", [
+    (torch.int8, "q_proj.weight is I8"), (torch.float8_e4m3fn, "q_proj.weight is F8_E4M3"),
+    (torch.bool, "q_proj.weight is BOOL"),
+    (torch.bfloat16, "q_proj.weight is BF16, not F32 .*mixed"),
+    (None, "q_proj.weight holds NaN")])
+def test_weights_that_are_no_usable_floats_are_named(tmp_path, dtype, message):
+    key = "model.transformer.blocks.1.q_proj.weight"
+    tensors = write_checkpoint(tmp_path, "llada")
+    if dtype is None:
+        tensors[key][3, 3] = math.nan
+    else:
+        tensors[key] = tensors[key].to(dtype)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+    if dtype is torch.bfloat16:
+        assert load_backbone(tmp_path, "cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+# Changed entries of adapter_config.json (None: taken out), what the message must say.
+BAD_ADAPTERS = [
+    (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa' is not supported"),
+    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights = "),
+    (dict(init_lora_weights="olora"), "init_lora_weights = 'olora' is not supported"),
+    (dict(init_lora_weights="corda"), "init_lora_weights = "),
+    (dict(init_lora_weights="loftq"), "init_lora_weights = "),
+    (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
+    (dict(use_dora=True), "use_dora = True is not supported"),
+    (dict(rank_pattern={"q": 2}), "rank_pattern = "),
+    (dict(r=8), r"expected floats of shape \[8, .*r = 8"),
+    (dict(r="4"), "r must be int"),
+    (dict(r=0), "r must be at least 1"),
+    (dict(r=None), ": r is missing"),
+    (dict(lora_alpha=None), ": lora_alpha is missing"),
+    (dict(lora_alpha=-8), "lora_alpha must be"),
+    (dict(lora_alpha=math.nan), "lora_alpha must be"),
+    (dict(lora_alpha="8"), "lora_alpha must be float"),
+    (dict(lora_alpha=9), "trained with lora_alpha = 8"),
+    (dict(lora_dropout="no"), "lora_dropout must be float"),
+    (dict(base_model_name_or_path=None), ": base_model_name_or_path is missing"),
+    (dict(base_model_name_or_path=3), "base_model_name_or_path must be str"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_refused_with_file_and_entry(tmp_path, change, message):
+    model = random_backbone()
+    bb.save_backbone(model, tmp_path / "base", None)
+    bb.save_adapter(model.add_lora(4, 8), tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(tmp_path / "adapter", "cpu")
+    assert str(tmp_path / "adapter") in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva"])
+def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
+    model = random_backbone()
+    bb.save_backbone(model, tmp_path / "base", None)
+    bb.save_adapter(model.add_lora(4, 8, dropout=0.05), tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": kind}))
+    loaded = load_backbone(tmp_path / "adapter", "cpu")
+    assert loaded.layers[0].attn.q.lora_dropout == 0.05
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        loaded.add_lora(8, 16)
+
+
+def test_an_adapter_whose_base_is_an_adapter_or_itself_is_refused(tmp_path):
+    model = random_backbone().add_lora(4, 8)
+    for name, base in (("a", "a"), ("b", "c"), ("c", "b")):
+        bb.save_adapter(model, tmp_path / name, tmp_path / base)
+    for name in "abc":
+        for load in (load_backbone, load_tokenizer):
+            with pytest.raises(ValueError, match="is an adapter too"):
+                load(tmp_path / name)
+
+
+def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
+    ids = torch.randint(3, 40, (2, 7))
+    model.add_lora(4, 8, dropout=0.5)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    layer = model.layers[0].attn.q
+    x = torch.randn(2, 7, 32)
+    torch.manual_seed(3)
+    ours = layer.train()(x)
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(ours, x @ layer.weight.T + low)
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_a_changed_byte_in_our_json_is_found_and_files_without_checksum_still_load(tmp_path):
+    bb.save_backbone(random_backbone(), tmp_path)
+    path = tmp_path / "config.json"
+    good = path.read_text()
+    path.write_text(good.replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
+    with pytest.raises(ValueError, match="checksum does not match"):
+        load_backbone(tmp_path, "cpu")
+    raw = json.loads(good)
+    del raw["crc32"]                            # as older versions wrote it
+    del raw["backbone"]["conv_residual"]
+    del raw["backbone"]["extra_stop_ids"]
+    path.write_text(json.dumps(raw))
+    load_backbone(tmp_path, "cpu")
+    bb.write_json(tmp_path / "edit.json", {"a": 1}, checksum=False)
+    assert (tmp_path / "edit.json").read_text() == '{\n "a": 1\n}'
+    assert bb.read_json(tmp_path / "edit.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    def write(part):
+        Path(part).write_text("half")
+        raise error
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises((KeyboardInterrupt, SystemExit, OSError)):
+        bb.write_atomically(path, write)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
+    tokenizer, model = load_tokenizer("tiny"), random_backbone(vocab_size=139)
+    bb.save_backbone(model, tmp_path, tokenizer)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def interrupted(folder):
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tokenizer, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bb.save_backbone(model, tmp_path, tokenizer)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_half_a_character_is_refused_by_name():
+    with pytest.raises(ValueError, match="lone surrogate '.ud800', at position 6"):
+        bb.encode(load_tokenizer("tiny"), "river \ud800")
+
+
+def test_an_error_starts_on_a_line_of_its_own_when_a_progress_bar_is_open():
+    code = ("import backbone\nfrom tqdm import tqdm\n"
+            "def main():\n    bar = tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
+            "backbone.cli(main)\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: no" and "\nerror: no" in ended.stderr
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
+def test_a_device_on_which_nothing_can_be_computed_is_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*cpu always can"):
+        bb.default_device(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -745,10 +1031,11 @@ def test_llada_shares_out_its_masks_over_12_steps_as_published(masks, quota):
 def test_dreams_fp32_schedule_commits_the_published_number_of_tokens_at_each_step(
         masks, steps, expected):
     at = torch.ones(1, masks, dtype=torch.bool)
+    how = sample.Decoding(steps=steps, remasking="entropy")
     counts = []
     for step in range(steps):
         logits = torch.randn(int(at.sum()), 5)                                      # (N, V)
-        new, _ = sample.choose_dream(logits, at, step, steps, "entropy", 0.0, None, None, None)
+        new, _ = sample.choose_dream(logits, at, step, how)
         counts.append(int(new.sum()))
         at = at & ~new
     assert counts == expected
@@ -826,8 +1113,8 @@ def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(
     logits[2, model.cfg.eos_id] = 50.0
     at = torch.ones(1, 6, dtype=torch.bool)
     stop_ids = [model.cfg.eos_id] if last else []
-    new, token = sample.choose_llada(logits, at, torch.tensor([1]), None, 0.0, "low_confidence",
-                                     stop_ids)
+    how = sample.Decoding(remasking="low_confidence")
+    new, token = sample.choose_llada(logits, at, torch.tensor([1]), how, stop_ids)
     assert token[0, 2] == model.cfg.eos_id
     assert bool(new[0, 2]) == is_first
 
@@ -838,8 +1125,8 @@ GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
 @pytest.mark.parametrize("bad, message", [
     (dict(block_length=3), "not a multiple"),
     (dict(block_length=4, steps=3), "multiple of 2"),
-    (dict(remasking="best"), "unknown remasking"),
-    (dict(eos="never"), "unknown eos"),
+    (dict(remasking="best"), "remasking must be one of"),
+    (dict(eos="never"), "eos must be one of"),
     (dict(gen_length=5000, block_length=5000), "limit"),
     (dict(remasking="entropy", block_length=4), "one block")])
 def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
@@ -852,45 +1139,133 @@ def test_an_empty_prompt_is_refused(model):
         sample.generate(model, [torch.tensor([], dtype=torch.long)], **GOOD_SETTINGS)
 
 
+def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
+    for seed in range(43, 60):
+        for temperature in (0.2, 1.0, 1e-38):
+            torch.manual_seed(seed)
+            logits = torch.randn(50, 40).bfloat16() * 3
+            how = sample.Decoding(temperature=temperature, top_p=0.95)
+            token, probs = sample.dream_token(logits, how)
+            assert token.shape == (50,) and (probs.gather(1, token[:, None]) > 0).all()
+    # it samples: not the likeliest token everywhere
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20).expand(4000, 20).bfloat16()
+    token, probs = sample.dream_token(logits, sample.Decoding(temperature=1.0))
+    counts = F.one_hot(token, 20).float().mean(0)
+    assert (counts - probs[0].float()).abs().max() < 0.03
+
+
+def test_threshold_decoding_ranks_in_float64():
+    """In a bf16 softmax 0.89837 passes for 0.9; in Fast-dLLM's float64 it does not."""
+    wanted = torch.tensor([0.8977, 0.5])
+    odds = torch.log(wanted / (1 - wanted))
+    logits = torch.stack([odds, torch.zeros(2)], -1).bfloat16()             # (N=2, V=2)
+    exact = logits.double().softmax(-1)[:, 0]
+    at = torch.ones(1, 2, dtype=torch.bool)
+    for share in (exact[0].item() - 1e-6, exact[0].item() + 1e-6):
+        # the second position is the less sure one: only by passing the threshold it is committed
+        more = torch.cat([torch.tensor([[9.0, 0.0]]).bfloat16(), logits[:1]])
+        new, _ = sample.choose_llada(more, at, None, sample.Decoding(threshold=share), [])
+        assert new[0].tolist() == [True, share < exact[0].item()]
+
+
+def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
+    mask, plain = model.cfg.mask_id, torch.randint(3, 40, (1, 9))
+    prompt = plain.clone()
+    prompt[0, [1, 4, 7]] = mask
+    for options in (dict(), dict(block_length=3), dict(threshold=0.1), dict(remasking="entropy")):
+        seen = []
+
+        def keep(xt, new, state):
+            seen.append((xt, new))
+        settings = {"gen_length": 6, "steps": 6, "block_length": 6, "stop_early": False, **options}
+        ids = sample.generate(model, prompt, on_step=keep, **settings)
+        assert not (ids == mask).any()
+        assert all(torch.equal(xt[:, :9], prompt) and not new[:, :9].any() for xt, new in seen)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("temperature", ["-1", "nan", "inf"]), ("cfg", ["nan", "-0.5"]), ("threshold", ["nan", "-1"]),
+    ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
+def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
+    for value in values:
+        # before the checkpoint, which does not exist, is looked for
+        argv = ["--checkpoint", "none", "--prompt", "river", f"--{name}={value}"]
+        assert main_of(sample, argv) == 2
+        assert re.search(rf"error: --{name} must be", capsys.readouterr().err)
+        number = int(value) if name == "top_k" else float(value)
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=6, remasking="entropy",
+                            **{name: number})
+
+
+def test_memory_settings_beside_a_checkpoint_are_checked(here):
+    for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
+                          ('{"speed": 1}', "expected .* not 'speed'"), ('[1]', "expected")):
+        Path("memory.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^memory.json: .*{message}"):
+            sample.inner_loop_settings(".")
+
+
+def test_watching_and_answers_print_no_control_characters(here, capsys, monkeypatch):
+    class Hostile:
+        """A tokenizer every token of which clears the screen."""
+        def decode(self, ids, skip_special_tokens=True):
+            return "\x1b[2J\x9b2J\x07\rx" * len(ids)
+    model = random_backbone()
+    how = sample.Decoding().filled(model.cfg)
+    prompts = [torch.tensor([5, 6])]
+    sample.decode_and_print("off", sample.no_memory, model, Hostile(), prompts, how, True)
+    said = capsys.readouterr().out
+    assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+
+
 # --------------------------------------------------------------------------------------------------
 # 3. memdlm.py
 
-def paper_loop(model, x0, given, attend, t, u, mem, seed):
+def paper_loop(model, x0, given, attend, t, u, inner, seed):
     """MemDLM's loss from the paper, one sample at a time, nothing shared: whole forward passes,
-    merged weights, no batch dimension."""
-    phi0 = memdlm.init_phi(model, 1, mem, seed)
+    merged weights, no batch dimension. Only the random start of a row is drawn with our code."""
+    seeds = memdlm.row_seeds(x0, given & attend, seed)
     total = 0.0
     for b in range(len(x0)):
         real = attend[b]
-        total = total + paper_sample(model, x0[b, real], given[b, real], t[b].item(), u[b, real],
-                                     phi0, mem) / t[b]
+        phi0 = memdlm.init_phi(model, [seeds[b]], inner)
+        total = total + paper_sample(model, x0[b, real], given[b, real], t[b], u[b, real],
+                                     phi0, inner) / t[b]
     return total / (~given).sum()
 
 
-def paper_sample(model, x0, given, t, u, phi0, mem):
+def paper_sample(model, x0, given, t, u, phi0, inner):
     """x0, given, u (L,): the outer cross-entropy of one sample, summed over its masked tokens."""
     weights = dict(model.named_parameters())
     matrices = list(phi0)
     phi = [phi0[m].A[0] for m in matrices] + [phi0[m].B[0] for m in matrices]
 
-    def cross_entropy(phi, mask_ratio):
+    def cross_entropy(phi, masked):
         merged = dict(weights)
         for name, A, B in zip(matrices, phi, phi[len(matrices):]):
             name = f"{name}.weight"
-            merged[name] = weights[name] + mem.alpha / mem.rank * B @ A
-        masked = (u < mask_ratio) & ~given
+            merged[name] = weights[name] + inner.alpha / inner.rank * B @ A
         xt = x0.masked_fill(masked, model.cfg.mask_id)[None]                        # (1, L)
         logits = torch.func.functional_call(model, merged, (xt,))[0]                # (L, V)
-        return F.cross_entropy(logits[masked], x0[masked], reduction="sum"), masked.sum()
+        return F.cross_entropy(logits[masked], x0[masked], reduction="sum")
 
-    # Pre-anchor, then anchor: a mean over masked tokens times 1 / the realised mask ratio.
-    for mask_ratio in (min(1.0, mem.s_pre * t), t):
+    order = [i for i in u.argsort().tolist() if not given[i]]
+    n = len(order)
+    k = int((u[order] < t).sum())
+    anchor = torch.zeros_like(given)
+    anchor[order[:k]] = True
+    pre_anchor = torch.zeros_like(given)
+    pre_anchor[order[:math.floor(min(n, inner.s_pre * k))]] = True
+    # A mean over masked tokens times 1 / the realised mask ratio.
+    for masked in (pre_anchor, anchor):
         phi = [w.detach().requires_grad_() for w in phi]
-        loss, n = cross_entropy(phi, mask_ratio)
-        grads = torch.autograd.grad(loss / n * (~given).sum() / n, phi)
-        steps = [mem.inner_lr * min(1.0, mem.clip / (g.norm().item() + 1e-6)) * g for g in grads]
-        phi = [(w - step).detach() for w, step in zip(phi, steps)]
-    return cross_entropy(phi, t)[0]
+        loss = cross_entropy(phi, masked) / masked.sum() * n / masked.sum()
+        grads = torch.autograd.grad(loss, phi)
+        scales = [min(1.0, inner.clip / (g.norm().item() + 1e-6)) for g in grads]
+        phi = [(w - inner.inner_lr * c * g).detach() for w, c, g in zip(phi, scales, grads)]
+    return cross_entropy(phi, anchor)
 
 
 @pytest.mark.parametrize("options, clip", [
@@ -901,10 +1276,10 @@ def paper_sample(model, x0, given, t, u, phi0, mem):
 def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
         batch, options, clip):
     model = random_backbone(**options).requires_grad_(True)
-    mem = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
-    x0, given, attend, t, u = batch
-    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), mem, 7)
-    paper = paper_loop(model, x0, given, attend, t, u, mem, 7)
+    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
+    x0, given, attend, t, u, _ = batch
+    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), inner, 7)
+    paper = paper_loop(model, x0, given, attend, t, u, inner, 7)
     torch.testing.assert_close(ours, paper, atol=1e-5, rtol=1e-4)
     names = [n for n, _ in model.named_parameters()]
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -915,8 +1290,8 @@ def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def adapted(model, batch, mem=MEM):
-    return memdlm.adapt_to_prompt(model, batch.x0, batch.attend, batch.given, mem)
+def adapted(model, batch, inner=MEM):
+    return memdlm.adapt_to_prompt(model, batch.x0, batch.attend, batch.given, inner)
 
 
 def test_memory_off_is_the_plain_model_bit_for_bit(model, batch):
@@ -925,7 +1300,7 @@ def test_memory_off_is_the_plain_model_bit_for_bit(model, batch):
 
 
 def test_phi_0_changes_no_logit(model, batch):
-    phi = memdlm.init_phi(model, 4, MEM)
+    phi = memdlm.init_phi(model, [0, 1, 2, 3], MEM)
     plain = model(batch.x0, batch.attend)
     assert torch.equal(model(batch.x0, batch.attend, phi=phi), plain)
 
@@ -968,12 +1343,12 @@ def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
 def test_clipping_is_per_tensor_and_per_sample(model, batch):
     """Every gradient here is larger than the clip, so every step has exactly its norm."""
     clip = 0.01
-    mem = MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip)
+    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip)
     masked = ~batch.given
     ctx = model.context(batch.x0, batch.attend)
     h = model.run(model.embed(batch.x0.masked_fill(masked, model.cfg.mask_id)), ctx, 0, 2)
-    old = memdlm.init_phi(model, 4, mem)
-    new = memdlm.inner_step(model, old, h, ctx, batch.x0, masked, torch.ones(4), mem)
+    old = memdlm.init_phi(model, [0, 1, 2, 3], inner)
+    new = memdlm.inner_step(model, old, h, ctx, batch.x0, masked, torch.ones(4), inner)
     for name in old:
         length = (new[name].B - old[name].B).flatten(1).norm(dim=1)                 # (B,)
         torch.testing.assert_close(length, torch.full((4,), clip), rtol=1e-3, atol=0)
@@ -986,7 +1361,7 @@ def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, fir
     assert memdlm.first_fast_layer(model, MEM) == first
     expected = {f"layers.{i}.ffn.{matrix}" for i in range(first, layers)
                 for matrix in ("gate", "up", "down")}
-    assert set(memdlm.init_phi(model, 1, MEM)) == expected
+    assert set(memdlm.init_phi(model, [0], MEM)) == expected
 
 
 def blind(backbone, xt, attend, start):
@@ -1008,6 +1383,184 @@ def test_exposure_bias_of_a_model_that_ignores_context_is_one_throughout(model, 
     assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in rows)
 
 
+CLOSED = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.1, clip=0, masks=4, chunk=4,
+                      inner_on="closed_book")
+
+
+OPEN = dataclasses.replace(CLOSED, inner_on="prompt")
+
+
+def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
+    """loss_prompt with the first five columns as the text to write (padding left out)."""
+    if context is None:
+        context = batch.attend.clone()
+        context[:, 5:] = False
+    return memdlm.loss_prompt(model, batch.x0 if x0 is None else x0, context, batch.given,
+                              batch.attend, batch.t, batch.u, torch.ones(4), 24, inner, 7, exact)
+
+
+def phi_of(monkeypatch, model, batch, x0, inner=OPEN):
+    """The fast weights that loss_prompt answers with."""
+    seen = []
+    adapt = memdlm.adapt_to_prompt
+
+    def spy(*inputs):
+        seen.append(adapt(*inputs))
+        return seen[-1]
+    monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
+    prompt_loss(model, batch, inner, x0, batch.given & batch.attend)
+    monkeypatch.setattr(memdlm, "adapt_to_prompt", adapt)
+    return seen[-1]
+
+
+def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch):
+    other = batch.x0.clone()
+    other[:, 8:] = (other[:, 8:] + 1) % 37 + 3
+    mine = phi_of(monkeypatch, model, batch, batch.x0)
+    theirs = phi_of(monkeypatch, model, batch, other)
+    assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
+
+
+def test_in_training_a_prompt_is_written_as_at_inference(model, batch, monkeypatch):
+    trained = phi_of(monkeypatch, model, batch, batch.x0)
+    prompt, pad = batch.x0[:, :8], batch.attend[:, :8]
+    used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7)
+    assert all(torch.equal(trained[name].B, used[name].B) for name in used)
+
+
+def test_a_batch_without_a_text_to_write_is_plain_mdlm(model, batch):
+    nothing = torch.zeros_like(batch.given)
+    xt, masked = corrupt(batch.x0, batch.t, batch.given, 1, batch.u)
+    plain = masked_loss(model(xt, batch.attend, masked), batch.x0, masked, torch.ones(4), 24)
+    assert torch.equal(prompt_loss(model, batch, CLOSED, context=nothing), plain)
+
+
+def test_the_closed_book_is_closed_only_phi_knows_the_text(model, batch):
+    other = batch.x0.clone()
+    other[:, :5] = (other[:, :5] + 1) % 37 + 3
+    still = dataclasses.replace(CLOSED, inner_lr=0.0)
+    assert torch.equal(prompt_loss(model, batch, still), prompt_loss(model, batch, still, other))
+    assert prompt_loss(model, batch, CLOSED) != prompt_loss(model, batch, CLOSED, other)
+
+
+def test_a_hidden_text_leaves_the_canvas_that_has_only_the_question(model, batch):
+    still = dataclasses.replace(CLOSED, inner_lr=0.0)
+    short = batch._replace(**{name: getattr(batch, name)[:, 5:]
+                              for name in ("x0", "given", "attend", "u")})
+    xt, masked = corrupt(short.x0, short.t, short.given, 1, short.u)
+    alone = masked_loss(model(xt, short.attend, masked), short.x0, masked, torch.ones(4), 24)
+    torch.testing.assert_close(prompt_loss(model, batch, still), alone)
+
+
+def test_rows_that_ask_about_one_text_share_its_phi(model, batch):
+    shared = batch._replace(x0=batch.x0.clone(), attend=torch.ones_like(batch.attend))
+    shared.x0[1, :5] = shared.x0[0, :5]
+    shared.x0[3, :5] = shared.x0[2, :5]
+    two = dataclasses.replace(CLOSED, questions=2)
+    torch.testing.assert_close(prompt_loss(model, shared, two), prompt_loss(model, shared, CLOSED))
+
+
+def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not(batch):
+    model = random_backbone().double().requires_grad_(True)
+    p = model.layers[0].ffn.up.weight
+    slopes = {}
+    for exact in (True, False):
+        loss = prompt_loss(model, batch, CLOSED, exact=exact)
+        grad, = torch.autograd.grad(loss, p)
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).double()
+        slopes[exact] = (grad * direction).sum().item()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            p += sign * 1e-5 * direction
+        ends.append(prompt_loss(model, batch, CLOSED).item())
+        with torch.no_grad():
+            p -= sign * 1e-5 * direction
+    measured = (ends[0] - ends[1]) / 2e-5
+    assert slopes[True] == pytest.approx(measured, rel=1e-3)
+    assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(n):
+    u = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
+    given = torch.zeros(1, n, dtype=torch.bool)
+    for k in range(n + 1):
+        anchor = bb.smallest(u, torch.tensor([k]))
+        noisier = memdlm.pre_anchor(anchor, u, given, 1.5)
+        assert int(noisier.sum()) == min(n, 3 * k // 2)
+        assert (noisier | ~anchor).all()
+
+
+def recorded_masks(model, ids, inner, monkeypatch):
+    """The positions that each inner step on a prompt has for targets."""
+    masks = []
+    loop = memdlm.inner_loop
+
+    def spy(backbone, phi, states, *rest):
+        states = list(states)
+        masks.extend(masked for _, masked, _ in states)
+        return loop(backbone, phi, states, *rest)
+    monkeypatch.setattr(memdlm, "inner_loop", spy)
+    memdlm.adapt_to_prompt(model, ids, None, torch.ones_like(ids, dtype=torch.bool), inner)
+    return masks
+
+
+def test_complementary_masks_cover_every_token_once_and_leave_its_neighbours_in_view(
+        model, monkeypatch):
+    whole = dataclasses.replace(CLOSED, chunk=0)
+    masks = torch.stack(recorded_masks(model, torch.randint(3, 40, (2, 21)), whole, monkeypatch))
+    assert (masks.sum(0) == 1).all()
+    for distance in (1, 2, 3):
+        assert not (masks[..., distance:] & masks[..., :-distance]).any()
+
+
+@pytest.mark.parametrize("inner", [CLOSED, dataclasses.replace(CLOSED, masks=0)])
+def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded_batch(
+        model, batch, inner):
+    together = adapted(model, batch, inner)
+    for row in range(4):
+        pads = int((~batch.attend[row]).sum())
+        x0, prompt = batch.x0[row:row + 1, pads:], batch.given[row:row + 1, pads:]
+        alone = memdlm.adapt_to_prompt(model, x0, None, prompt, inner)
+        for name in alone:
+            torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5,
+                                       rtol=1e-3)
+
+
+def test_two_prompts_have_two_random_starts_and_one_prompt_always_the_same(model):
+    ids = torch.randint(3, 40, (2, 9))
+    prompt = torch.ones_like(ids, dtype=torch.bool)
+    phi = memdlm.init_phi(model, memdlm.row_seeds(ids, prompt, 0), MEM)
+    again = memdlm.init_phi(model, memdlm.row_seeds(ids.flip(0), prompt, 0), MEM)
+    for name, w in phi.items():
+        assert not torch.equal(w.A[0], w.A[1])
+        assert torch.equal(w.A[0], again[name].A[1])
+
+
+def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
+    seen = []
+
+    def counting(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            seen.append(state)
+            return backbone(xt, attend, at), state + 1
+        return predict, 0
+    memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 3, counting)
+    # static, clean and sequential start from the same state; only the last one is carried on
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_the_leaky_arm_is_the_inner_loop_of_training(model, batch):
+    phi, _, ctx, masked = memdlm.adapt_to_response(
+        model, batch.x0, batch.given, batch.attend, batch.t, batch.u, MEM, 7)
+    xt = batch.x0.masked_fill(masked, 1)
+    loss = masked_loss(model(xt, batch.attend, masked, phi), batch.x0, masked, torch.ones(4), 24)
+    trained = memdlm.loss_memdlm(model, batch.x0, batch.given, batch.attend, batch.t, batch.u,
+                                 torch.ones(4), 24, MEM, 7)
+    torch.testing.assert_close(loss, trained)
+
+
 # --------------------------------------------------------------------------------------------------
 # 4. metastate.py
 
@@ -1017,13 +1570,13 @@ SMALL_META = dict(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16)
 @pytest.fixture
 def meta(model):
     torch.manual_seed(0)
-    return MetaState(model.cfg, MetaStateConfig(**SMALL_META))
+    return metastate.build(model.cfg, MetaStateConfig(**SMALL_META))
 
 
 def trained_meta(model, **options):
     """Random weights everywhere, so that the zero-initialised parts act."""
     torch.manual_seed(0)
-    meta = MetaState(model.cfg, MetaStateConfig(**{**SMALL_META, **options}))
+    meta = metastate.build(model.cfg, MetaStateConfig(**{**SMALL_META, **options}))
     for p in meta.parameters():
         p.data.normal_(0, 0.3)
     return meta
@@ -1075,9 +1628,9 @@ def test_the_next_steps_gradient_reaches_the_updater_and_reset_cuts_it(
 def unrolled(model, batch):
     """A MetaState and its loss over three steps, backpropagated."""
     meta = trained_meta(model)
-    stay = torch.zeros(4, dtype=torch.bool)
-    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.t, stay,
-                            3, 0, batch.u, 4).backward()
+    reveals = torch.tensor([[2, 2, 2], [0, 0, 6], [1, 5, 0], [3, 0, 3]])
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, reveals,
+                            4).backward()
     return meta
 
 
@@ -1092,31 +1645,55 @@ def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
         assert torch.equal(p, untouched[name])
 
 
-def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
-    """Rows alone, one state after the other: a mean over a row's masked tokens, over rows and over
-    steps; after each step the surest token is revealed, except in row 1, which stays."""
-    meta = trained_meta(model)
-    stay = torch.tensor([False, True, False, False])
-    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend,
-                                    torch.ones(4), stay, 3, 0, batch.u, 4)
-    total = 0.0
-    for row in range(4):
-        real = batch.attend[row]
-        x0 = batch.x0[row, real][None]                                              # (1, L)
-        masked = ~batch.given[row, real][None]
-        slots = None
-        start = x0.shape[1] - 6
-        for _ in range(3):
-            xt = x0.masked_fill(masked, model.cfg.mask_id)
-            ratio = masked.sum(1) / 6
-            logits, slots, _ = meta.step(model, model.context(xt), xt, ratio, slots, masked, start)
-            total = total + F.cross_entropy(logits, x0[masked]) / 12
-            if not stay[row]:
-                surest = logits.softmax(-1).max(-1).values.argmax()
-                masked = masked.clone()
-                masked[0, masked[0].nonzero()[surest, 0]] = False
-    torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("concentration", [0.05, 0.3, 1.0, 100.0])
+def test_reveals_share_out_all_tokens_over_exactly_k_steps(concentration):
+    settings = MetaStateConfig(unroll=4, concentration=concentration)
+    n = torch.tensor([6, 1, 40, 0])
+    reveals = metastate.draw_reveals(n, settings, seed=3)
+    assert reveals.shape == (4, 4) and torch.equal(reveals.sum(1), n)
+    assert torch.equal(reveals, metastate.draw_reveals(n, settings, seed=3))
 
+
+def test_a_small_concentration_leaves_the_canvas_unchanged_for_most_of_the_steps():
+    n = torch.full((500,), 6)
+    idle = {c: (metastate.draw_reveals(n, MetaStateConfig(concentration=c), 0) == 0).float().mean()
+            for c in (0.1, 100.0)}
+    assert idle[0.1] > 0.6 and idle[100.0] < 0.25
+
+
+def test_slots_that_are_read_before_they_are_injected_are_refused():
+    with pytest.raises(ValueError, match="read before they are first injected"):
+        MetaStateConfig(inject_layers=(2,), read_layer=0).check(3)
+    MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
+
+
+def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch):
+    """sum over k of n_k / N_m [lambda mean over the masked + (1 - lambda) mean over the revealed]."""
+    meta = trained_meta(model, balance=0.3)
+    reveals = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
+                                    reveals, 4)
+    total = 0.0
+    for b in range(4):
+        pads = int((~batch.attend[b]).sum())
+        x = batch.x0[b:b + 1, pads:]
+        order = (8 - pads + batch.u[b, 8:].argsort()).tolist()
+        slots = None
+        for n_k in reveals[b].tolist():
+            if not order:
+                break
+            masked = torch.zeros_like(x, dtype=torch.bool)
+            masked[0, order] = True
+            xt = x.masked_fill(masked, 1)
+            t = torch.tensor([len(order) / 6])
+            logits, slots, _ = meta.step(model, model.context(xt), xt, t, slots, masked, 8 - pads)
+            ce = F.cross_entropy(logits, x[masked], reduction="none")
+            places = masked[0].nonzero()[:, 0].tolist()
+            now = [places.index(i) for i in order[:n_k]]
+            order = order[n_k:]
+            if n_k:
+                total += n_k / 6 * (0.3 * ce.mean() + 0.7 * ce[now].mean()) / 4
+    torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 @pytest.mark.parametrize("options", [
     dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
@@ -1151,7 +1728,7 @@ def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(fa
     cfg = bb.config_from_json(REAL[family])
     meta_cfg = metastate.for_backbone(cfg)
     with torch.device("meta"):
-        meta = MetaState(cfg, meta_cfg)
+        meta = metastate.build(cfg, meta_cfg)
         backbone = Backbone(cfg)
     assert 0.005 < size(meta) / size(backbone) < 0.007
     per_token = meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel()
@@ -1166,7 +1743,7 @@ def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(fa
 @pytest.fixture
 def meta_checkpoint(tmp_path):
     """A MetaState in tmp_path/meta, trained on the backbone in tmp_path/base."""
-    model = random_backbone(vocab_size=139)
+    model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
     meta = trained_meta(model)
     metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
@@ -1185,7 +1762,7 @@ def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoin
 
 
 def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
-    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
+    bb.save_backbone(random_backbone(seed=1, vocab_size=138), tmp_path / "base")
     with pytest.raises(ValueError, match="another backbone"):
         metastate.load(tmp_path / "meta", "cpu")
 
@@ -1195,8 +1772,10 @@ def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoi
     (dict(inject_layers=(4,)), "layers 0..2"),
     (dict(read_layer=5), "layers 0..2"),
     (dict(inject_layers=()), "layers 0..2"),
-    (dict(num_slots=0), "at least 1"),
-    (dict(memory="x"), "unknown memory")])
+    (dict(num_slots=0), "num_slots must be at least 1"),
+    (dict(slot_heads=0), "slot_heads must be at least 1"),
+    (dict(slot_heads=-2), "slot_heads must be at least 1"),
+    (dict(memory="x"), "memory must be one of")])
 def test_impossible_metastate_settings_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         MetaStateConfig(**bad).check(3)
@@ -1317,54 +1896,6 @@ def test_chance_is_what_a_guesser_gets_who_copies_a_value_from_the_text():
     assert abs(hits / 2000 - 0.25) < 4 * 0.5 / 2000 ** 0.5
 
 
-@pytest.fixture
-def four_runs(tmp_path):
-    """The evaluation rows of two methods, two training seeds each, on the same three texts."""
-    return [evaluation(tmp_path / "old-seed0", [0, 1, 0]),
-            evaluation(tmp_path / "old-seed1", [1, 1, 1]),
-            evaluation(tmp_path / "new-seed0", [1, 0, 1]),
-            evaluation(tmp_path / "new-seed1", [1, 1, 1])]
-
-
-def evaluation(folder, recalls):
-    """niah.jsonl in a run's folder."""
-    folder.mkdir()
-    same = dict(task="single", arm="off", length=64, steps=6, seed=1)
-    rows = [dict(same, prompt=f"text {i}", recall=r) for i, r in enumerate(recalls)]
-    niah.append_jsonl(folder / "niah.jsonl", rows)
-    return folder / "niah.jsonl"
-
-
-def test_the_table_over_seeds_shows_mean_spread_and_number_of_seeds(four_runs):
-    lines = niah.table_over_seeds(four_runs, "recall", "length").splitlines()
-    assert lines[1].split()[3:] == ["66.7", "±47.1", "2"]
-    assert lines[2].split()[3:] == ["83.3", "±23.6", "2"]
-
-
-def test_differences_over_seeds_are_paired_by_text_and_training_seed(four_runs):
-    """The texts differ by 50, -50 and 50 points: resampled means lie between -50 and 50."""
-    table = niah.table_over_seeds(four_runs, "recall", "length", "old off")
-    difference = table.splitlines()[2].split()
-    assert difference[:4] == ["single", "new", "off", "+16.7"]
-    assert float(difference[4].lstrip("±")) == pytest.approx(50, abs=1)
-
-
-def test_differences_between_folders_without_a_seed_are_paired_too(tmp_path):
-    files = [evaluation(tmp_path / "one", [0, 1, 0]), evaluation(tmp_path / "two", [1, 1, 0])]
-    table = niah.table_over_seeds(files, "recall", "length", "one off")
-    assert table.splitlines()[2].split()[:4] == ["single", "two", "off", "+33.3"]
-
-
-def test_a_baseline_that_is_not_in_the_table_is_answered_with_those_that_are(four_runs):
-    with pytest.raises(ValueError, match="the lines are new off, old off"):
-        niah.table_over_seeds(four_runs, "recall", "length", "old")
-
-
-@pytest.mark.parametrize("bad", ["{", "[]", '{"task": "single"}'])
-def test_a_line_that_is_no_evaluation_row_is_named_with_file_and_number(four_runs, bad):
-    four_runs[1].write_text(four_runs[0].read_text() + bad)
-    with pytest.raises(ValueError, match="old-seed1/niah.jsonl, line 4: not a row"):
-        niah.table_over_seeds(four_runs, "recall", "length")
 
 
 def telling(answers):
@@ -1401,10 +1932,186 @@ def test_the_probe_finds_nothing_in_empty_slots():
     assert probe_accuracy(silent) < 0.2
 
 
+def test_intervals_are_wilsons_near_zero_and_one():
+    """Wilson's formula for k right of n; the normal approximation has width 0 at k = n."""
+    for k, n in ((100, 100), (0, 100), (97, 100), (1, 1), (40, 80)):
+        p, z = k / n, 1.96
+        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
+
+
+def test_the_chance_of_a_story_is_that_of_a_guesser_who_names_a_place_of_the_text():
+    rng, hits, chance = random.Random(0), [], []
+    for s in niah.make_samples(["stories"], 64, 2000, 0, "eval"):
+        guess = rng.choice(sorted(set(s.prompt.split()) & set(niah.PLACES)))
+        hits.append(guess == s.refs[0])
+        chance.append(s.chance)
+    assert abs(sum(hits) - sum(chance)) / 2000 < 0.03 and 0.2 < sum(chance) / 2000 < 0.28
+
+
+def test_a_story_counts_only_if_the_place_is_the_only_one_named():
+    tokenizer, config = load_tokenizer("tiny"), BackboneConfig()
+    s = niah.make_samples(["stories"], 64, 1, 0, "eval")[0]
+    right = s.refs[0]
+    wrong = next(p for p in niah.PLACES if p != right)
+    for output, value in ((f"mary {right}", 1), (right, 1), (f"{wrong} {right}", 0), (wrong, 0),
+                          ("mary", 0), (f"{right} . mary moved {wrong}", 1)):
+        ids = torch.tensor(tokenizer.encode(output) + [config.eos_id])
+        assert niah.scored(s, ids, tokenizer, config)["recall"] == value
+
+
+def counting(memory, calls):
+    def counted(*inputs):
+        calls.append(inputs)
+        return memory(*inputs)
+    return counted
+
+
+def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "generate", None)
+    load_arms = niah.load_arms
+
+    def watched(*inputs):
+        backbone, tokenizer, arms = load_arms(*inputs)
+        backbone.cfg.max_len = 100
+        return backbone, tokenizer, {arm: counting(memory, calls) for arm, memory in arms.items()}
+    monkeypatch.setattr(niah, "load_arms", watched)
+    common = ["--checkpoint", "tiny", "--n", "2", "--device", "cpu"]
+    for argv, message in ((["--out", "none/rows.jsonl"], "--out none/rows.jsonl cannot be written"),
+                          (["--out", "."], "--out . cannot be written"),
+                          (["--lengths", "64", "95"], "--lengths 95"),
+                          (["--lengths", "64", "--gen_length", "45"], "limit of 100")):
+        assert main_of(niah, common + argv) == 2
+        assert message in capsys.readouterr().err
+    # a text that fits alone but not with the introduction of a real model
+    monkeypatch.setattr(niah, "encode_sample", lambda tokenizer, config, s: torch.ones(97).long())
+    assert main_of(niah, common + ["--lengths", "64"]) == 2
+    assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
+    assert not calls and not list(Path().iterdir())
+
+
+def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
+    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+
+    def failing(*inputs):
+        raise ValueError("the power is gone")
+    sys.argv = ["niah.py"]
+    arms = {"off": sample.no_memory, "on": failing}
+
+    def run():
+        niah.evaluate(model, tokenizer, arms, ["single"], [16], 3, 0, "rows.jsonl")
+    with pytest.raises(SystemExit):
+        bb.cli(run)
+    assert capsys.readouterr().err.split("\r")[-1] == "error: the power is gone\n"
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [r["arm"] for r in rows] == ["off"] * 3
+
+
+def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatch):
+    """On a real model --passes, --exposure and --probe read the prompt that decoding reads."""
+    model = random_backbone(vocab_size=400, family="llada")
+    seen = []
+
+    class Characters:
+        """A tokenizer with one token a character, so that answers are long."""
+        unk_token = "?"
+
+        def encode(self, text, add_special_tokens=False):
+            return [ord(c) for c in text]
+
+        def decode(self, ids, skip_special_tokens=False):
+            return "".join(chr(i) for i in ids)
+
+    def memory(backbone, xt, attend, start):
+        seen.append(("".join(map(chr, xt[0, :start].tolist())), xt.shape[1] - start))
+        predict, _ = sample.no_memory(backbone, xt, attend, start)
+
+        def slots_too(xt, t, state, at):
+            return predict(xt, t, state, at)[0], (torch.ones(len(xt), 2, 2), {}, None)
+        return slots_too, None
+    tokenizer = Characters()
+    assert niah.answer_budget(load_tokenizer("tiny")) == niah.BUDGET
+    longest = max(len(s.answer) for s in niah.make_samples(list(niah.TASKS), 64, 2000, 0))
+    assert niah.answer_budget(tokenizer) >= longest + 1
+    arguments = (model, tokenizer, {"off": memory}, ["resolve"])
+    niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
+    niah.recompute(*arguments, 64, 1, 0, 2, gen_length=12)
+    niah.exposure(*arguments, 64, 1, 0, gen_length=12)
+    niah.probe(model, tokenizer, memory, 64, 1, 0, 2, gen_length=12)
+    assert len(seen) >= 4
+    for prompt, gen_length in seen:
+        assert niah.INTRO in prompt and gen_length == 12
+
+
+def test_the_probe_works_on_a_device_without_float64(monkeypatch):
+    """Apple's MPS: only on the CPU may a tensor become float64."""
+    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+
+    class OnDevice:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def flatten(self, first):
+            return OnDevice(self.tensor.flatten(first))
+
+        def cpu(self):
+            return self.tensor
+
+    def memory(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            return None, (OnDevice(torch.ones(len(xt), 2, 2)), {}, None)
+        return predict, None
+    assert len(niah.probe(model, tokenizer, memory, 32, 4, 3, 2)) == 8
+
+
+def closed_samples(n=6):
+    return niah.make_samples([niah.facts], 40, n, 0, "eval")
+
+
+def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_answers():
+    text = closed_samples(1)[0]
+    asked = niah.ask(text, 4, random.Random(0))
+    for sample in asked:
+        key = sample.question.split()[1]
+        assert sample.context == text.context
+        assert f"{key} = {sample.answer} ." in text.context
+
+
+def test_the_controls_of_the_closed_book_are_what_they_are_called():
+    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    samples = closed_samples()
+    phi = {arm: niah.write_texts(model, tokenizer, samples, arm, CLOSED)
+           for arm in niah.CLOSED_ARMS}
+    assert phi["none"] is None and phi["open"] is None
+    for name, w in phi["blind"].items():
+        assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
+        torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
+        assert not torch.equal(phi["uncovered"][name].B, w.B)
+        assert not torch.equal(phi["phi"][name].B, w.B)
+
+
+def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
+    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    out = tmp_path / "rows.jsonl"
+    rows = niah.closed_book(model, tokenizer, CLOSED, ["none", "blind"], [2, 4], [0, 40], 3, 0, out)
+    assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
+    assert {"arm", "facts", "length", "recall"} <= json.loads(out.read_text().splitlines()[0]).keys()
+    table = niah.closed_table(rows).splitlines()
+    assert len(table) == 5 and table[0].split()[-3:] == ["1", "/", "facts"]
+
+
 # --------------------------------------------------------------------------------------------------
 # 6. train.py
 
-SMALL = ["--n_eval", "0", "--batch_size", "4", "--context", "32", "--lr", "1e-3"]
+SMALL = ["--n_eval", "0", "--batch_size", "4", "--context", "32", "--lr", "1e-3",
+         "--device", "cpu"]
+MDLM = ["--method", "mdlm", *SMALL]
+RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
+CLOSED_BOOK = ["--method", "memdlm", *SMALL, "--batch_size", "8", "--rank", "4"]
+SLOTS = ["--method", "metastate", *SMALL]
+EVERY_METHOD = pytest.mark.parametrize(
+    "method", [MDLM, RESPONSE, CLOSED_BOOK, SLOTS], ids=["mdlm", "memdlm", "closed", "metastate"])
 
 
 def run_train(*argv):
@@ -1418,21 +2125,22 @@ def here(tmp_path, monkeypatch):
     """An empty working directory; the tiny backbone is pretrained for two steps where needed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setitem(train.DEFAULTS, "pretrain", (2, 4, 1e-3, 0.3))
+    short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
+    monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
     return tmp_path
 
 
 @contextlib.contextmanager
 def killed_at(fatal_step):
     """Ctrl-C in this training step, before the weights change."""
-    update = train.Run.update
+    batch = train.Run.batch
 
-    def killed(self, step, loss):
+    def killed(self, step):
         if step == fatal_step:
             raise KeyboardInterrupt
-        update(self, step, loss)
+        return batch(self, step)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Run, "update", killed)
+        patch.setattr(train.Run, "batch", killed)
         yield
 
 
@@ -1455,25 +2163,24 @@ def without(row, key):
     return {k: v for k, v in row.items() if k != key}
 
 
-@pytest.mark.parametrize("method", ["mdlm", "memdlm", "metastate"])
+@EVERY_METHOD
 def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, method):
     """Killed after the log of step 2, before the checkpoint of step 4."""
-    options = ["--method", method, "--steps", 5, "--save_every", 2, "--unroll", 2, *SMALL]
+    options = [*method, "--steps", 5, "--save_every", 2, "--unroll", 2]
     run_train(*options, "--out", "whole")
     with killed_at(3):
         run_train(*options, "--out", "parts")
     run_train(*options, "--out", "parts", "--resume")
-    whole, parts = weights_of("whole"), weights_of("parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    others = ["resume.pt", "log.jsonl"]
+    assert contents("whole", but=others) == contents("parts", but=others)
     logs = [[without(row, "seconds") for row in log_of(folder)] for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0]] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("method", ["mdlm", "memdlm", "metastate"])
+@EVERY_METHOD
 def test_gradient_accumulation_equals_one_large_batch(here, method):
-    options = ["--method", method, "--steps", 1, "--n_eval", 0, "--context", 32, "--unroll", 2]
+    options = [*method, "--steps", 1, "--unroll", 2, "--questions", 2, "--plain_share", 0]
     run_train(*options, "--batch_size", 6, "--out", "one")
     run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
     assert log_of("one")[0]["loss"] == pytest.approx(log_of("three")[0]["loss"], abs=1e-6)
@@ -1495,11 +2202,16 @@ def write_data(file, n):
     Path(file).write_text("\n".join(rows))
 
 
-def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
-    write_checkpoint(here / "base", "llada", vocab_size=139, embedding_size=139, mask_token_id=1,
-                     eos_token_id=2)
-    load_tokenizer("tiny").save_pretrained(here / "base")
+def llada_folder(folder):
+    """A miniature LLaDA with the tiny tokenizer, and data.jsonl beside it."""
+    sizes = dict(vocab_size=138, embedding_size=138, mask_token_id=1, eos_token_id=2)
+    write_checkpoint(folder, "llada", **sizes)
+    load_tokenizer("tiny").save_pretrained(folder)
     write_data("data.jsonl", 40)
+
+
+def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
+    llada_folder(here / "base")
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
                "--lr", "1e-2", "--lora", 4, "--rank", 4, "--n_eval", 0, "--max_len", 64,
                "--device", "cpu"]
@@ -1525,7 +2237,7 @@ def read_jsonl(file, max_len=64):
 def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
     Path("good.jsonl").write_text("\n".join([GOOD_LINE, GOOD_CHAT] * 4))
     assert len(read_jsonl("good.jsonl")) == 8
-    run_train("--method", "mdlm", "--data", "good.jsonl", "--steps", 1, *SMALL)
+    run_train(*MDLM, "--data", "good.jsonl", "--steps", 1)
     assert len(log_of("runs/mdlm")) == 1
 
 
@@ -1571,8 +2283,6 @@ def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_numb
 
 # Per script: a line to start from, flags, and values of which each makes that line a bad one.
 # "taken" is the folder of a finished run.
-MDLM = ["--method", "mdlm", *SMALL]
-SLOTS = ["--method", "metastate", *SMALL]
 CHECKPOINT = ["--checkpoint", "taken"]
 PROMPT = [*CHECKPOINT, "--prompt", "river"]
 WORDS = ["magic", "_0", "a-b"]
@@ -1589,12 +2299,14 @@ BAD_LINES = {
          ["2", "-0.1", "nan", "x"]),
         (MDLM, ["--inner_on"], ["both"]),
         (SLOTS, ["--num_slots", "--unroll", "--span"], ["0", "-2", "x"]),
-        (SLOTS, ["--slot_heads"], ["5", "x"]),
+        (SLOTS, ["--slot_heads"], ["5", "x", "0", "-2"]),
+        (CLOSED_BOOK, ["--batch_size"], ["6"]),
         (SLOTS, ["--inject_layers", "--read_layer"], ["9", "-9", "x"])],
     niah: [
-        ([], ["--checkpoint", "--rows"], WORDS),
+        ([], ["--checkpoint"], WORDS),
         (CHECKPOINT, ["--arms"], WORDS),
-        (CHECKPOINT, ["--lengths"], ["0", "-5", "x", "9999999"]),
+        (CHECKPOINT, ["--lengths"], ["-5", "x", "9999999"]),
+        ([*CHECKPOINT, "--closed_book"], ["--facts"], ["0", "25", "x"]),
         (CHECKPOINT, ["--n", "--gen_length"], ["0", "-1", "x"]),
         ([*CHECKPOINT, "--lengths", "16"], ["--steps"], ["0", "-1", "x"])],
     sample: [
@@ -1602,7 +2314,8 @@ BAD_LINES = {
         (CHECKPOINT, ["--prompt"], ["", *WORDS]),
         (PROMPT, ["--gen_length", "--steps", "--block_length"], ["0", "-1", "x", "7.5"]),
         (PROMPT, ["--remasking", "--arm"], WORDS),
-        (PROMPT, ["--top_p"], ["0.5"])],
+        (PROMPT, ["--top_p"], ["0.5"]),
+        ([*CHECKPOINT, "--closed_book"], ["--prompt"], ["river", "? river ="])],
     bb: [
         ([], ["--check"], WORDS),
         (["--check", "taken"], ["--prompt"], WORDS)]}
@@ -1610,7 +2323,7 @@ BAD_LINES = {
 
 @pytest.fixture
 def taken(here):
-    run_train("--method", "mdlm", "--steps", 1, *SMALL, "--out", "taken")
+    run_train(*MDLM, "--steps", 1, "--out", "taken")
     return here
 
 
@@ -1652,10 +2365,9 @@ def test_a_command_line_without_what_the_script_works_on_is_refused(taken, modul
     (["--init", "nowhere"], "no checkpoint folder"),
     (["--data", "none.jsonl"], "no such file"),
     (["--steps", "0"], "at least 1"),
-    (["--lr", "-1"], "positive number"),
-    (["--prompt_ratio", "2"], "between 0 and 1"),
-    (["--inner_on", "both"], "response or prompt"),
-    (["--method", "metastate", "--unroll", "99"], "99 denoising steps"),
+    (["--lr", "-1"], "--lr must be at least 0"),
+    (["--prompt_ratio", "2"], "at least 0 and at most 1"),
+    (["--epochs", "2"], "--epochs needs --data"),
     (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")])
 def test_a_training_run_that_cannot_work_is_refused_with_what_to_change(taken, argv, message):
     before = contents("taken")
@@ -1725,13 +2437,16 @@ def test_a_damaged_pretrained_backbone_is_named_before_it_is_used(here):
     Path("runs/pretrained-seed0").mkdir(parents=True)
     Path("runs/pretrained-seed0/resume.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match="pretrained-seed0/resume.pt cannot be read"):
-        run_train("--method", "memdlm", *SMALL)
+        run_train(*RESPONSE)
 
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
-    with pytest.raises(ValueError, match="the loss is nan at step .* seed 0"):
-        run_train(*MDLM, "--steps", 20, "--save_every", 1, "--lr", "1e30")
-    load_backbone("runs/mdlm", "cpu")
+    options = [*MDLM, "--steps", 20, "--lr", "1e30"]
+    with pytest.raises(ValueError, match="nan at step .* seed 0.*last checkpoint in once is intact"):
+        run_train(*options, "--save_every", 1, "--out", "once")
+    load_backbone("once", "cpu")
+    with pytest.raises(ValueError, match="no checkpoint was written yet"):
+        run_train(*options, "--out", "never")
 
 
 def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
@@ -1744,6 +2459,338 @@ def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
 def test_a_run_that_needs_more_memory_than_there_is_is_refused(here):
     with pytest.raises(ValueError, match="more memory than"):
         run_train(*MDLM, "--batch_size", 10 ** 9)
+
+
+def test_metastate_trained_on_an_adapter_loads_and_samples(here):
+    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "adapter")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 2, "--init", "adapter", "--out", "both")
+    assert json.loads(Path("both/metastate.json").read_text())["backbone"] == "adapter"
+    backbone, _, arms = sample.load_arms("both", "cpu")
+    assert any(m.lora_rank == 4 for m in backbone.modules() if isinstance(m, bb.Linear))
+    assert "metastate" in arms
+    argv = ["--checkpoint", "both", "--prompt", "? river =", "--device", "cpu"]
+    assert main_of(sample, argv) == 0
+
+
+def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
+    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "first")
+    run_train(*MDLM, "--init", "first", "--steps", 2, "--out", "second")
+    for folder in ("first", "second"):
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        assert config["r"] == 4
+        assert config["base_model_name_or_path"] == "runs/pretrained-seed0"
+    first, second = weights_of("first"), weights_of("second")
+    assert any(not torch.equal(v, second[k]) for k, v in first.items())
+    load_backbone("second", "cpu")
+    for rank in (0, 8):
+        with pytest.raises(ValueError, match="adapter of rank 4"):
+            run_train(*MDLM, "--init", "first", "--lora", rank, "--out", "third")
+    with pytest.raises(ValueError, match="backbone is frozen"):
+        run_train(*SLOTS, "--init", "first", "--lora", 4, "--out", "third")
+    assert not Path("third").exists()
+
+
+def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(here):
+    run_train(*MDLM, "--steps", 1, "--out", "run")
+    Path("run/notes.txt").write_text("mine")
+    Path("run/sub").mkdir()
+    Path("run/sub/log.jsonl").write_text("mine too")
+    Path("run/memory.json.old").write_text("and mine")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 1, "--out", "run", "--overwrite")
+    left = {f.name for f in Path("run").iterdir()}
+    assert left == {"notes.txt", "sub", "memory.json.old", ".lock", "log.jsonl", "resume.pt",
+                    "metastate.json", "metastate.safetensors"}
+    assert Path("run/sub/log.jsonl").read_text() == "mine too"
+    Path("notes.txt").write_text("mine")
+    Path("log.jsonl").write_text("")
+    run_train(*MDLM, "--steps", 1, "--out", ".", "--overwrite")
+    assert all(Path(kept).exists() for kept in ("notes.txt", "runs", "run/notes.txt"))
+
+
+def test_every_name_that_a_run_writes_is_on_the_list_that_overwrite_deletes(here):
+    run_train(*MDLM, "--steps", 1, "--out", "a")
+    run_train(*MDLM, "--lora", 2, "--steps", 1, "--out", "b")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 1, "--n_eval", 1, "--out", "c")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--n_eval", 1, "--out", "d")
+    written = {f.name for folder in "abcd" for f in Path(folder).iterdir()}
+    assert written - {".lock"} <= set(train.WRITTEN)
+
+
+def test_the_output_folder_is_never_one_that_the_run_reads(here):
+    run_train(*MDLM, "--lora", 2, "--steps", 1, "--out", "d")
+    before = contents("d")
+    Path("d/data.jsonl").write_text(f"{GOOD_LINE}\n" * 4)
+    reads = "which the run reads"
+    lines = [(["--init", "d", "--out", "d"], reads),
+             (["--backbone", "d", "--out", "./d/"], reads),
+             (["--init", "d", "--out", "d/new"], reads),
+             (["--init", "d", "--out", "runs/pretrained-seed0"], reads),
+             (["--data", "d/data.jsonl", "--out", "d"], "lies in --out"),
+             (["--out", "d", "--resume"], "not both")]
+    for argv, message in lines:
+        with pytest.raises(ValueError, match=message):
+            run_train(*MDLM, "--steps", 1, *argv, "--overwrite")
+    with pytest.raises(ValueError, match=reads):
+        run_train(*SLOTS, "--steps", 1, "--out", "runs/pretrained-seed0", "--overwrite")
+    assert contents("d", but=["data.jsonl"]) == before
+
+
+def test_a_resume_file_that_cannot_be_opened_is_not_called_corrupted(here):
+    run_train(*MDLM, "--steps", 1, "--out", "run")
+    Path("run/resume.pt").unlink()
+    Path("run/resume.pt").mkdir()
+    with pytest.raises(OSError, match="resume.pt cannot be opened") as caught:
+        run_train(*MDLM, "--steps", 1, "--out", "run", "--resume")
+    assert "overwrite" not in str(caught.value)
+    assert "corrupt" not in str(caught.value)
+
+
+HOLDS_THE_LOCK = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import train
+with train.locked(pathlib.Path('run')):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(HERE)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    for more in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(ValueError, match="in use by another run"):
+            run_train(*MDLM, "--steps", 1, "--out", "run", *more)
+    assert [f.name for f in Path("run").iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    run_train(*MDLM, "--steps", 1, "--out", "run")
+    assert len(log_of("run")) == 1
+
+
+def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(here, capsys):
+    options = [*MDLM, "--steps", 4, "--out", "run"]
+    with killed_at(2):
+        run_train(*options)
+    run_train(*options, "--resume")
+    assert "starts from the beginning" in capsys.readouterr().out
+    assert [row["step"] for row in log_of("run")] == [0, 1, 2, 3]
+
+
+def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
+    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2", "--out", "run")
+    rows = log_of("run")
+    assert len({row["held_out_metastate"] for row in rows}) == 4
+    assert "held_out_off" not in rows[0]
+    run_train(*RESPONSE, "--steps", 1, "--out", "memdlm")
+    assert "held_out_off" in log_of("memdlm")[0]
+
+
+def test_metastates_memory_estimate_counts_every_unrolled_step():
+    llada = bb.config_from_json(REAL["llada"])
+    kept = [train.estimate(llada, "metastate", 1, 256, 0, meta_cfg=MetaStateConfig(unroll=K))
+            for K in (2, 4, 8)]
+    for part in ("activations", "logits"):
+        assert kept[2][part] == 2 * kept[1][part] == 4 * kept[0][part]
+
+
+def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
+    llada_folder(here / "base")
+    run_train("--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--epochs", 1,
+              "--device", "cpu", "--n_eval", 0, "--max_len", 64)
+    state = train.read_state("runs/memdlm/resume.pt")
+    wanted = dict(loss_weight="1/t", warmup=0.1, lora=32, lora_dropout=0.05, beta2=0.999,
+                  weight_decay=0.0, lr=2e-5, batch_size=2, full_share=0.0, rank=32, alpha=64.0,
+                  inner_lr=0.1, clip=1.0, inner_on="response")
+    assert {k: state["settings"][k] for k in wanted} == wanted
+    # one of 40 examples in ten is held out; two rows a step
+    assert state["step"] == (40 - 4) // 2
+    assert {g["betas"] for g in state["optimizer"]["param_groups"]} == {(0.9, 0.999)}
+    assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0}
+    adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
+
+
+def test_defaults_depend_on_the_backbone_and_on_the_data():
+    cfg = train.TrainConfig(data="data.jsonl")
+    assert train.fill_in(cfg, "llada", False, n_examples=100) == "published"
+    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, 250, 4096)
+    cfg = train.TrainConfig()
+    train.fill_in(cfg, "llada", False)
+    assert cfg.steps == 1000
+    cfg = train.TrainConfig(method="mdlm")
+    assert train.fill_in(cfg, "tiny", False) == "pretrain"
+    recipe = (cfg.loss_weight, cfg.warmup, cfg.beta2, cfg.weight_decay)
+    assert recipe == ("uniform", 0.03, 0.98, 0.01)
+    assert train.fill_in(train.TrainConfig(), "tiny", True) == "closed_book"
+
+
+def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here, monkeypatch):
+    llada_folder(here / "base")
+    options = ["--method", "mdlm", "--backbone", "base", "--data", "data.jsonl", "--max_len", 64,
+               "--steps", 4, "--lora", 4, "--lora_dropout", 0.5, "--save_every", 2, "--lr", "1e-2",
+               "--n_eval", 0, "--device", "cpu"]
+    modes = {"batch": set(), "held_out_loss": set()}
+
+    def watch(name):
+        function = getattr(train.Run, name)
+
+        def watched(self, *inputs):
+            modes[name].add(self.backbone.training)
+            return function(self, *inputs)
+        monkeypatch.setattr(train.Run, name, watched)
+    watch("batch")
+    watch("held_out_loss")
+    run_train(*options, "--out", "whole")
+    with killed_at(3):
+        run_train(*options, "--out", "parts")
+    run_train(*options, "--out", "parts", "--resume")
+    whole, parts = weights_of("whole"), weights_of("parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert modes == {"batch": {True}, "held_out_loss": {False}}
+
+
+STRANGE_LINES = {
+    "deep": (b"[" * 100_000, "not valid JSON"),
+    "surrogate": (rb'{"prompt": "river \ud800", "response": "47"}', "not valid JSON"),
+    "bytes": (b'{"prompt": "river \xff", "response": "47"}', "not valid JSON"),
+    "nan": (b'{"prompt": NaN, "response": "47"}', "expected"),
+    "types": (b'{"prompt": 1, "response": {"a": 2}}', "expected"),
+    "context": (b'{"context": 1, "prompt": "river", "response": "47"}', "expected"),
+    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit")}
+
+
+@pytest.mark.parametrize("kind", STRANGE_LINES)
+def test_a_line_that_no_reader_expects_is_named_with_file_and_line(here, kind):
+    line, message = STRANGE_LINES[kind]
+    good = GOOD_LINE.encode() + b"\n"
+    Path("bad.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: {message}"):
+        read_jsonl("bad.jsonl")
+
+
+def test_a_line_far_beyond_max_len_never_reaches_the_tokenizer(here, monkeypatch, capsys):
+    long = json.dumps({"prompt": "river " * 10_000, "response": "47"})
+    Path("long.jsonl").write_text("\n".join([GOOD_LINE, GOOD_LINE, long]))
+    lengths = []
+
+    def noted(tokenizer, cfg, example):
+        lengths.append(len(example["prompt"]))
+        return bb.encode_pair(tokenizer, cfg, example)
+    monkeypatch.setattr(train, "encode_pair", noted)
+    assert len(read_jsonl("long.jsonl")) == 2
+    assert max(lengths) < 100
+    assert "left out 1 examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    "--lora -1", "--alpha nan", "--s_pre -5", "--context -5", "--n_eval -1", "--device meta",
+    "--seed -1", "--lora_dropout 1", "--weight_decay nan", "--max_len 0", "--epochs 0",
+    "--epochs 2", "--seed 99999999999999999999",
+    "--method metastate --slot_dim 0", "--method metastate --slot_heads -4",
+    "--method metastate --slot_heads 0", "--method metastate --cond_dim 0",
+    "--method metastate --num_slots 0", "--method metastate --inject_layers -1",
+    "--batch_size 6", "--questions 0", "--exact_from 2", "--plain_share nan", "--chunk -1"])
+def test_settings_out_of_range_are_refused_by_name_before_any_file_is_written(
+        here, capsys, flags):
+    assert main_of(train, ["--steps", "1", *flags.split()]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in said
+    assert flags.split()[-2].lstrip("-") in said
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("method", ["memdlm", "metastate"])
+def test_a_bad_line_of_data_is_found_before_the_tiny_backbone_is_pretrained(here, method):
+    Path("bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
+        run_train("--method", method, "--data", "bad.jsonl")
+    assert not Path("runs").exists()
+
+
+def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(train.dist, "init_process_group", calls.append)
+    cfg = train.TrainConfig()
+    train.join_ranks(cfg)
+    assert calls == [1, "nccl"]
+    assert cfg.device == "cuda:1"
+    calls.clear()
+    cfg = train.TrainConfig(device="cpu")
+    train.join_ranks(cfg)
+    assert calls == ["gloo"]
+    assert cfg.device == "cpu"
+
+
+def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
+    import torch.distributed.fsdp
+    devices = []
+
+    def noted(layer, mesh, ignored_params):
+        devices.append(mesh.device_type)
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", noted)
+    train.dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=0, world_size=1)
+    try:
+        train.shard(random_backbone())
+    finally:
+        train.dist.destroy_process_group()
+    assert devices == ["cpu"] * 3
+
+
+BOOK = '{"context": "river = 47 . stone = 12 .", "prompt": "? river =", "response": "47"}'
+OTHER_BOOK = '{"context": "river = 33 .", "prompt": "? river =", "response": "33"}'
+
+
+def test_the_closed_book_needs_a_context_in_every_line_of_its_data(here):
+    Path("open.jsonl").write_text("\n".join([BOOK, GOOD_LINE]))
+    with pytest.raises(ValueError, match='open.jsonl, line 2: .*needs a "context"'):
+        run_train(*CLOSED_BOOK, "--data", "open.jsonl")
+    assert not Path("runs").exists()
+
+
+def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere(here):
+    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
+    whole = read_jsonl("book.jsonl")[0]
+    hidden = train.read_jsonl("book.jsonl", load_tokenizer("tiny"), BackboneConfig(), 64, True)[0]
+    assert whole.context == []
+    assert hidden.context + hidden.prompt == whole.prompt
+    assert len(hidden.prompt) == 3
+    assert hidden.response == whole.response
+    batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
+    assert batch.context.sum(1).tolist() == [8, 0]
+    assert torch.equal(batch.x0[0], batch.x0[1])
+
+
+def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
+    chat = json.dumps({"context": "stone = 12 .", **json.loads(GOOD_CHAT)})
+    Path("chats.jsonl").write_text("\n".join([chat, chat]))
+    with pytest.raises(ValueError, match="chats.jsonl, line 1: .*closed book"):
+        read_jsonl("chats.jsonl")
+
+
+def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monkeypatch):
+    """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
+    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
+    written = []
+    adapt = memdlm.adapt_to_prompt
+
+    def spy(backbone, ids, *rest, **more):
+        written.append(len(ids))
+        return adapt(backbone, ids, *rest, **more)
+    monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
+    options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0]
+    run_train(*options, "--steps", 2, "--plain_share", 0, "--out", "closed")
+    assert written == [8, 8]
+    assert len(log_of("closed")) == 2
+    run_train(*options, "--steps", 2, "--plain_share", 1, "--out", "plain")
+    assert written == [8, 8]
+    with pytest.raises(ValueError, match="--questions"):
+        run_train(*options, "--steps", 2, "--questions", 4, "--out", "shared")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1788,7 +2835,8 @@ def write_small_checkpoints(folder, commands):
         write_word_tokenizer(folder / name, vocabulary)
 
 
-SHORT = {"train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "2",
+SHORT = {"test_all.py": [],
+         "train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "4",
                       "--accumulate", "1", "--max_len", "500", "--device", "cpu"],
          "niah.py": ["--n", "2", "--device", "cpu"],
          "sample.py": ["--device", "cpu"],
@@ -1813,17 +2861,17 @@ def shortened(command):
 
 
 def test_every_command_of_the_readme_runs(here):
-    """But for the measurements by hand: flags of test_all.py, and --bench."""
+    """But for the measurements by hand, of which --rows alone takes no time."""
     commands = readme_commands()
     assert len(commands) >= 10
     write_data("train.jsonl", 12)
     write_small_checkpoints(here / "Org", commands)
     main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
-            "backbone.py": bb.check}
+            "backbone.py": bb.check, "test_all.py": by_hand}
     for command in commands:
-        if "--bench" in command or "test_all.py" in command:
-            continue
         script, argv = shortened(command)
+        if script == "test_all.py" and argv[0] != "--rows":
+            continue
         sys.argv = [script, *argv]
         main[script]()
 
@@ -1850,18 +2898,28 @@ def test_no_code_from_a_checkpoint_is_ever_run(file):
 
 
 def equations_in(docstring):
-    """The header's "Eq. 6 -> inner_step; Eq. 7, Eq. 8 -> loss_memdlm" as (number, function)."""
-    header = re.search(r"^Equations.*?(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[0]
-    parts = re.findall(r"([^>]*)-> (\w+)", header)
-    return [(n, function) for text, function in parts for n in re.findall(r"Eq\. (\d+)", text)]
+    """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
+    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
+    return re.findall(r"(\S[^;]*?)\s*->\s*(\w+)", header)
 
 
-def test_every_equation_in_memdlms_header_stands_in_the_function_it_points_to():
-    found = equations_in(memdlm.__doc__)
-    assert {"6", "7", "8", "9", "10"} <= {number for number, _ in found}
-    for number, function in found:
-        comments = re.findall(r"#.*", inspect.getsource(getattr(memdlm, function)))
-        assert any(re.search(rf"Eq\. {number}\b", c) for c in comments), (number, function)
+def functions_in(module):
+    """{name: source} of all functions and methods."""
+    text = inspect.getsource(module)
+    return {node.name: ast.get_source_segment(text, node) for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
+def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, number):
+    """As a number or a formula; an equation that is only named must have a function."""
+    functions = functions_in(module)
+    found = equations_in(module.__doc__)
+    assert len(found) >= number
+    for equation, function in found:
+        assert function in functions
+        if re.search(r"\d|=|\(", equation):
+            assert re.search(rf"{re.escape(equation)}(?!\d)", functions[function]), equation
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1926,7 +2984,7 @@ def write_full_size(folder):
     index = json.dumps({"weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(REAL["llada"]))
-    # The tiny tokenizer stands in for LLaDA's: its words are ids below 139.
+    # The tiny tokenizer stands in for LLaDA's: its words are ids below 138.
     load_tokenizer("tiny").save_pretrained(folder)
 
 
@@ -1964,7 +3022,8 @@ def card_batch(cfg, length, device):
     given = attend.clone()
     given[:, length // 2:] = False
     t = torch.ones(1, device=device)
-    return train.Batch(x0, given, attend, t, torch.rand(1, length, device=device))
+    u = torch.rand(1, length, device=device)
+    return train.Batch(x0, given, attend, t, u, torch.zeros_like(given))
 
 
 def synchronize(device):
@@ -2030,7 +3089,6 @@ def card_step(method, model, meta, b):
     module = meta if method == "metastate" else model
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
     n_answer = int((~b.given).sum())
-    stay = torch.zeros_like(b.t, dtype=torch.bool)
 
     def loss():
         if method == "mdlm":
@@ -2039,8 +3097,9 @@ def card_step(method, model, meta, b):
         if method == "memdlm":
             return memdlm.loss_memdlm(model, b.x0, b.given, b.attend, b.t, b.u, b.t, n_answer,
                                       MemDLMConfig())
-        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.t, stay,
-                                       meta.cfg.unroll, 0, b.u, 1)
+        # the last step reveals everything: until then each has all of the answer to predict
+        reveals = torch.tensor([[0] * (meta.settings.unroll - 1) + [n_answer]]).to(model.device)
+        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, reveals, 1)
 
     def step():
         optimizer.zero_grad()
@@ -2104,7 +3163,7 @@ def card(argv):
         return print("the weights alone are larger than that: nothing to measure")
     began = time.perf_counter()
     model = build_on(device, cfg)
-    meta = MetaState(cfg, meta_cfg).to(device)
+    meta = metastate.build(cfg, meta_cfg).to(device)
     synchronize(device)
     print(f"{size(model):,} parameters, built in {time.perf_counter() - began:.1f} s\n\n{'':<28}"
           f"{'ms':>11}{'tokens/s':>11}{'TFLOP/s':>11}{'peak GB':>11}{'estimate':>11}", flush=True)
@@ -2152,21 +3211,369 @@ def test_what_fits_is_a_larger_batch_or_a_shorter_row_or_nothing(memory, largest
     assert what_fits(parts, 256, memory) == largest
 
 
+# --------------------------------------------------------------------------------------------------
+# 10. By hand: everything side by side in one run. `python test_all.py --bench`
+
+BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4,
+                       head_dim=64, d_ff=768, conv_width=0)
+BENCH_SLOTS = MetaStateConfig(inject_layers=(10,))
+
+
+def bench_steps(batch=4, length=256):
+    """{name: a function that runs one training step}, on equal data, answers as long as prompts."""
+    torch.manual_seed(0)
+    device = bb.default_device()
+    model = Backbone(BENCH).init_weights().to(device)
+    meta = metastate.build(BENCH, BENCH_SLOTS).to(device)
+    settings = MemDLMConfig()
+    x0 = torch.randint(3, 2048, (batch, length), device=device)
+    attend = torch.ones_like(x0, dtype=torch.bool)
+    given = attend.clone()
+    given[:, length // 2:] = False
+    ones = torch.ones(batch, device=device)
+    t = 0.5 * ones
+    u = torch.rand(batch, length, device=device)
+    n = batch * length // 2
+
+    def mdlm_step():
+        model.requires_grad_(True)
+        xt, masked = corrupt(x0, t, given, 1, u)
+        masked_loss(model(xt, attend, masked), x0, masked, ones, n).backward()
+
+    def memdlm_step():
+        model.requires_grad_(True)
+        loss = memdlm.loss_memdlm(model, x0, given, attend, t, u, ones, n, settings)
+        loss.backward()
+
+    def recomputed():
+        """The trunk again for each inner step and for the outer pass."""
+        model.requires_grad_(True)
+        first = memdlm.first_fast_layer(model, settings)
+        ctx = model.context(x0)
+        phi = memdlm.init_phi(model, range(batch), settings)
+        for ratio in (1.5 * t, t):
+            xt, masked = corrupt(x0, ratio, given, 1, u)
+            with torch.no_grad():
+                h = model.run(model.embed(xt), ctx, 0, first)
+            phi = memdlm.inner_step(model, phi, h, ctx, x0, masked, ones, settings)
+        masked_loss(model(xt, attend, masked, phi), x0, masked, ones, n).backward()
+
+    def unrolled():
+        model.requires_grad_(False)
+        reveals = metastate.draw_reveals((~given).sum(1), BENCH_SLOTS, 0)
+        loss = metastate.loss_unrolled(meta, model, x0, given, attend, u, reveals, batch)
+        loss.backward()
+    return {"mdlm": mdlm_step, "memdlm": memdlm_step, "memdlm, trunk recomputed": recomputed,
+            "metastate, K = 4, frozen": unrolled}
+
+
+def bench_peak(name):
+    """Peak memory of one kind of training step, measured in a process of its own."""
+    torch.set_num_threads(2)
+    for _ in range(2):
+        bench_steps()[name]()
+    return sample.peak_memory()
+
+
+def clock(functions, rounds):
+    """Seconds per call, median over rounds. In each round every function runs once, so that a
+    drift of the machine hits all alike; the first round only warms up."""
+    seconds = {name: [] for name in functions}
+    for r in range(rounds + 1):
+        for name, f in functions.items():
+            began = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if r > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+
+
+@torch.no_grad()
+def bench_denoising():
+    """Seconds of one denoising step: plain, with phi, with slots."""
+    device = bb.default_device()
+    torch.manual_seed(0)
+    model = Backbone(BENCH).init_weights().to(device)
+    meta = metastate.build(BENCH, BENCH_SLOTS).to(device)
+    xt = torch.randint(3, 2048, (4, 256), device=device)
+    at = torch.zeros_like(xt, dtype=torch.bool)
+    at[:, 128:] = True
+    ctx = model.context(xt)
+    ones = torch.ones(4, device=device)
+    phi = memdlm.adapt_to_prompt(model, xt, None, ~at, MemDLMConfig())
+    return clock({"plain": lambda: model(xt, at=at),
+                  "with phi": lambda: model(xt, at=at, phi=phi),
+                  "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
+
+
+@torch.no_grad()
+def bench_head():
+    """Seconds a step at a large vocabulary: logits where a token can be chosen, or everywhere."""
+    device = bb.default_device()
+    torch.manual_seed(0)
+    large = dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)
+    model = Backbone(large).init_weights().to(device)
+    prompt = torch.randint(3, 2048, (1, 192), device=device)
+    settings = dict(gen_length=64, steps=8, block_length=64)
+    ids = {}
+
+    def everywhere(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            return backbone(xt, attend)[at], state
+        return predict, None
+
+    def chosen():
+        ids["chosen"] = sample.generate(model, prompt, **settings)
+
+    def whole():
+        ids["whole"] = sample.generate(model, prompt, memory=everywhere, **settings)
+    seconds = clock({"logits where selectable": chosen, "logits everywhere": whole}, 3)
+    assert torch.equal(ids["chosen"], ids["whole"])
+    return {name: s / settings["steps"] for name, s in seconds.items()}
+
+
+@torch.no_grad()
+def bench_adaptation():
+    """Seconds of the inner loop on 16 prompts of the tiny model, at once and one by one."""
+    device = bb.default_device()
+    torch.manual_seed(0)
+    tiny = load_backbone("tiny", device)
+    prompts = torch.randint(3, 138, (16, 64), device=device)
+    every = torch.ones_like(prompts, dtype=torch.bool)
+
+    def at_once():
+        memdlm.adapt_to_prompt(tiny, prompts, None, every, MemDLMConfig())
+
+    def one_by_one():
+        for row in prompts:
+            memdlm.adapt_to_prompt(tiny, row[None], None, every[:1], MemDLMConfig())
+    return clock({"16 prompts at once": at_once, "one by one": one_by_one}, 10)
+
+
+def bench():
+    """Prints one table; a few minutes on a CPU."""
+    print(f"20 layers, width 256, batch 4 x 256 tokens; torch {torch.__version__}, "
+          f"{bb.default_device()}, {torch.get_num_threads()} threads")
+    seconds = clock(bench_steps(), 8)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peak = {name: pool.apply(bench_peak, (name,)) for name in seconds}
+    print(f"{'training step':<30}{'ms':>8}{'x mdlm':>8}{'peak GB':>9}")
+    for name, s in seconds.items():
+        ratio = s / seconds["mdlm"]
+        print(f"{name:<30}{1000 * s:>8.0f}{ratio:>8.2f}{peak[name] / 1e9:>9.2f}")
+    for title, measure in (("one denoising step", bench_denoising),
+                           ("a step at V = 100,000", bench_head),
+                           ("prompt adaptation", bench_adaptation)):
+        seconds = measure()
+        first = next(iter(seconds.values()))
+        print(f"{title:<30}{'ms':>8}{'x first':>8}")
+        for name, s in seconds.items():
+            print(f"  {name:<28}{1000 * s:>8.1f}{s / first:>8.2f}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. By hand: one table over training seeds. `python test_all.py --rows FILES`
+
+def read_rows(files, metric, by, tasks):
+    """{(task, line): {column: {(training seed, text): value}}}.
+
+    Each row also counts for the task "all". A line's name is that of the run's folder, without
+    "-seedN", and the arm. ValueError names file and line of what niah.py did not write."""
+    groups = {}
+    for file in files:
+        name, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", Path(file).parent.name).groups()
+        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+            try:
+                r = json.loads(line)
+                text = tuple(str(r[k]) for k in ("task", "seed", "length", "steps", "prompt"))
+                column = int(r[by])
+                value = float(r[metric])
+                arm = r["arm"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{file}, line {number}: not a row that niah.py wrote "
+                                 f"({type(e).__name__}: {e})") from None
+            for task in (text[0], "all") if text[0] in tasks else ():
+                line_cells = groups.setdefault((task, f"{name} {arm}"), {})
+                line_cells.setdefault(column, {})[seed, text] = value
+    if not groups:
+        raise ValueError(f"no rows of {', '.join(tasks)} in {', '.join(map(str, files))}")
+    return groups
+
+
+def mean_and_interval(cell, draws=2000):
+    """{(training seed, text): value} -> mean, and half the 95 % interval over both levels.
+
+    A bootstrap (percentiles, fixed seed) that draws training seeds and, within each task, texts,
+    with replacement; every seed has seen the same texts, so a drawn text counts for all seeds. With
+    one seed it is over texts alone; three say little about a fourth. Never narrower than
+    Wilson's interval where all values are alike: then a resampled mean cannot move, although the
+    next text might. With one text: None."""
+    seeds = {seed: i for i, seed in enumerate(sorted({s for s, _ in cell}, key=str))}
+    texts = {text: i for i, text in enumerate(sorted({t for _, t in cell}))}
+    values = np.zeros((len(seeds), len(texts)))
+    present = np.zeros((len(seeds), len(texts)))
+    for (seed, text), value in cell.items():
+        values[seeds[seed], texts[text]] = value
+        present[seeds[seed], texts[text]] = 1
+    mean = values.sum() / present.sum()
+    if len(texts) < 2:
+        return mean, None
+    rng = np.random.default_rng(0)
+    # how often a seed (draws, S) and a text (draws, T) was drawn; texts are sorted by task
+    _, sizes = np.unique([text[0] for text in texts], return_counts=True)
+    seed_counts = rng.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), draws)
+    text_counts = np.concatenate([rng.multinomial(n, [1 / n] * n, draws) for n in sizes], axis=1)
+    totals = ((seed_counts @ values) * text_counts).sum(1)
+    numbers = ((seed_counts @ present) * text_counts).sum(1)
+    means = totals[numbers > 0] / numbers[numbers > 0]
+    low, high = np.quantile(means, [0.025, 0.975])
+    floor = niah.interval([0.0] * len(texts))[1]
+    return mean, max((high - low) / 2, floor)
+
+
+def differences(cell, base):
+    """The same texts and training seeds in both: their differences."""
+    return {key: value - base[key] for key, value in cell.items() if key in base}
+
+
+def show_cell(cell, signed):
+    """Mean ± half the 95 % interval, in %; a difference that lies within a point is marked."""
+    if not cell:
+        return f"{'-':>15}"
+    mean, half = mean_and_interval(cell)
+    text = f"{100 * mean:>{'+' if signed else ''}8.1f} ±"
+    if half is None:
+        return f"{text}{'-':>4} "
+    return f"{text}{100 * half:>4.1f}" + ("≈" if signed and abs(mean) + half <= 0.01 else " ")
+
+
+def table_over_seeds(files, metric, by, against=None, tasks=tuple(niah.TASKS)):
+    """Tasks x lengths or steps from saved JSONL files, one line per run and arm, in %.
+
+    against: the name of a line; then every line shows its mean difference to that one, on the same
+    texts and training seeds. ± is always half the 95 % interval over texts and training seeds."""
+    groups = read_rows(files, metric, by, tasks)
+    names = sorted({name for _, name in groups})
+    if against and against not in names:
+        raise ValueError(f"--against {against!r}: the lines are {', '.join(names)}")
+    columns = sorted({column for cells in groups.values() for column in cells})
+    head = f"{metric + ' by ' + by:<18}{'run, arm':<26}"
+    lines = [head + "".join(f"{c:>14} " for c in columns) + "  seeds"]
+    found = {task for task, _ in groups} - {"all"}
+    order = [task for task in niah.TASKS if task in found] + ["all"] * (len(found) > 1)
+    for task, name in sorted(g for g in groups if g[0] in order):
+        cells = groups[task, name]
+        if against:
+            base = groups.get((task, against), {})
+            cells = {c: differences(cells[c], base.get(c, {})) for c in cells}
+        n_seeds = max(len({seed for seed, _ in cell}) for cell in cells.values())
+        shown = "".join(show_cell(cells.get(c), bool(against)) for c in columns)
+        lines.append((order.index(task), f"{task:<18}{name:<26}{shown}{n_seeds:>7}"))
+    return "\n".join(lines[:1] + [line for _, line in sorted(lines[1:])])
+
+
+def rows_main(argv):
+    """`python test_all.py --rows FILES ...`"""
+    parser = argparse.ArgumentParser(description=rows_main.__doc__)
+    parser.add_argument("--rows", nargs="+", metavar="JSONL", required=True)
+    parser.add_argument("--against", metavar="LINE",
+                        help="differences to this line on the same texts, for example \"mdlm off\"")
+    parser.add_argument("--by", choices=["length", "steps"], default="length", help="the columns")
+    parser.add_argument("--metric", choices=["recall", "exact"], default="recall")
+    parser.add_argument("--tasks", nargs="+", default=list(niah.TASKS), choices=list(niah.TASKS),
+                        metavar="TASK", help=", ".join(niah.TASKS))
+    args = parser.parse_args(argv)
+    print(table_over_seeds(args.rows, args.metric, args.by, args.against, args.tasks))
+    print("± half the 95 % interval over texts and, with several, training seeds; "
+          "≈ the whole interval lies within one point of zero")
+
+
+def saved_run(folder, values, n_texts=None, task="single", arm="off"):
+    """A JSONL file as niah.py writes it: one text for each value."""
+    folder.mkdir(exist_ok=True)
+    rows = [dict(task=task, arm=arm, length=64, steps=6, seed=1, prompt=f"text {i}", recall=v)
+            for i, v in enumerate(values)]
+    niah.append_jsonl(folder / "niah.jsonl", rows)
+    return folder / "niah.jsonl"
+
+
+def test_differences_over_seeds_are_paired_by_text_and_training_seed(tmp_path):
+    runs = {"old-seed0": [0, 1, 0], "old-seed1": [1, 1, 1],
+            "new-seed0": [1, 0, 1], "new-seed1": [1, 1, 1]}
+    files = [saved_run(tmp_path / name, values) for name, values in runs.items()]
+    means = [line.split() for line in table_over_seeds(files, "recall", "length").splitlines()]
+    assert means[1][:4] == ["single", "new", "off", "83.3"] and means[1][-1] == "2"
+    assert means[2][:4] == ["single", "old", "off", "66.7"]
+    difference = table_over_seeds(files, "recall", "length", "old off").splitlines()[1].split()
+    assert difference[:4] == ["single", "new", "off", "+16.7"]
+    # folders without -seedN are paired too
+    plain = [saved_run(tmp_path / "one", [0, 1, 0]), saved_run(tmp_path / "two", [1, 1, 0])]
+    lines = table_over_seeds(plain, "recall", "length", "one off").splitlines()
+    assert lines[2].split()[:4] == ["single", "two", "off", "+33.3"]
+    with pytest.raises(ValueError, match="the lines are new off, old off"):
+        table_over_seeds(files, "recall", "length", "old")
+    with pytest.raises(ValueError, match="no rows of common"):
+        table_over_seeds(files, "recall", "length", tasks=["common"])
+    for bad in ("{", "[]", '{"task": "single"}'):
+        files[1].write_text(files[0].read_text() + bad)
+        with pytest.raises(ValueError, match="old-seed1/niah.jsonl, line 4: not a row"):
+            table_over_seeds(files, "recall", "length")
+
+
+def width(line):
+    return float(re.search(r"± *([\d.]+)", line)[1])
+
+
+def test_an_interval_covers_training_seeds_as_well_as_texts(tmp_path, capsys):
+    """One seed of three loses 44 points: the others say that this is no property of the method."""
+    for seed in range(3):
+        lost = 44 if seed == 2 else 0
+        saved_run(tmp_path / f"old-seed{seed}", [1] * 100)
+        saved_run(tmp_path / f"new-seed{seed}", [0] * lost + [1] * (100 - lost))
+    files = [str(f) for f in sorted(tmp_path.glob("*/niah.jsonl"))]
+    rows_main(["--rows", *files, "--against", "old off"])
+    new, old = capsys.readouterr().out.splitlines()[1:3]
+    assert "-14.7" in new and width(new) > 15
+    # equal on 100 texts is no proof of equality on the next
+    assert "+0.0" in old and width(old) == pytest.approx(1.8, abs=0.1) and "≈" not in old
+    for seed in range(3):
+        saved_run(tmp_path / f"old-seed{seed}", [1] * 600)
+        saved_run(tmp_path / f"new-seed{seed}", [1] * 600)
+    assert "≈" in table_over_seeds(files, "recall", "length", "old off").splitlines()[1]
+
+
+def test_one_seed_has_an_interval_over_texts_and_one_text_has_none(tmp_path):
+    one = saved_run(tmp_path / "one-seed0", [1, 0, 1, 1, 0, 1, 1, 1])
+    text = saved_run(tmp_path / "text-seed0", [1])
+    lines = table_over_seeds([one, text], "recall", "length").splitlines()
+    assert width(lines[1]) == pytest.approx(100 * 1.96 * (0.1875 / 8) ** 0.5, abs=4)
+    assert lines[2].split()[3:5] == ["100.0", "±"] and lines[2].split()[5] == "-"
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Which measurement.
+
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
     what, *argv = sys.argv[1:] or [""]
     if what == "--card":
         card(argv)
+    elif what == "--bench" and not argv:
+        bench()
+    elif what == "--rows":
+        rows_main([what, *argv])
     elif what == "--full-size" and len(argv) == 1:
         write_full_size(Path(argv[0]))
     else:
-        raise ValueError("python test_all.py --card | --full-size DIR; the tests themselves: "
-                         "python -m pytest -q test_all.py")
+        raise ValueError("python test_all.py --card | --bench | --rows FILES | --full-size DIR; "
+                         "the tests themselves: python -m pytest -q test_all.py")
 
 
 def test_an_unknown_measurement_is_answered_with_those_there_are(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test_all.py", "--magic"])
-    with pytest.raises(ValueError, match="--card"):
+    with pytest.raises(ValueError, match="--card . --bench . --rows"):
         by_hand()
 
 

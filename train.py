@@ -236,6 +236,8 @@ def jsonl_example(raw, tokenizer, model_cfg, closed):
     if closed and not context:
         raise ValueError("the closed book needs a \"context\", the text to write and to hide")
     if context and not closed:
+        if "messages" in raw:
+            raise ValueError("messages with a \"context\" are for the closed book only")
         raw = dict(raw, prompt=f"{context} {raw['prompt']}")
     hidden = encode(tokenizer, context) if closed else []
     return Example(hidden, *encode_pair(tokenizer, model_cfg, raw))
@@ -287,6 +289,8 @@ def check_example(example):
             raise ValueError("roles are system, user and assistant, and the last message is the "
                              "assistant's")
         texts = {f"content of message {i}": m.get("content") for i, m in enumerate(messages, 1)}
+    if "context" in example:
+        texts["context"] = example["context"]
     for key, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"expected {{\"prompt\": text, \"response\": text}} or "
@@ -390,10 +394,12 @@ class Run:
             # most rows ask for the whole answer, as the first step of decoding does
             whole = torch.rand(len(batch.t), generator=generator) < 0.75
             batch = batch._replace(t=batch.t.masked_fill(whole, 1.0))
+        nothing = torch.zeros_like(batch.context)
+        if self.closed and not closed:
+            batch = batch._replace(context=nothing)
         # from noise, lookup has to emerge before half of the gradient goes to the prompts
         ready = self.stage != "pretrain" or step > 0.5 * cfg.steps
         if not closed and rng.random() < cfg.full_share and ready:
-            nothing = torch.zeros_like(batch.context)
             batch = batch._replace(given=~batch.attend, context=nothing)
         return batch, int((~batch.given).sum())
 
@@ -790,9 +796,14 @@ def memory_settings(cfg, model_cfg, inner_options, meta_options):
     # a backbone that was not trained to be written to is read with the paper's inner loop
     default = None if cfg.method == "memdlm" else "response"
     inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
+    if cfg.data != "niah":
+        inner.questions = 1
     inner = validate(dataclasses.replace(inner, **inner_options))
     meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
     meta.check(model_cfg.n_layers)
+    if cfg.data != "niah" and inner.questions > 1:
+        raise ValueError("--questions: the rows of --data are shuffled, each asks about a text of "
+                         "its own")
     if is_closed(cfg, inner) and (cfg.batch_size or 128) % inner.questions:
         raise ValueError(f"--batch_size {cfg.batch_size} is not a multiple of --questions "
                          f"{inner.questions}: rows that ask about one text share its phi")
