@@ -110,7 +110,7 @@ class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
     family: str = option("tiny", "names of tensors, tokenizer, chat format",
                          choices=["tiny", "llada", "dream", "llada_moe"])
-    vocab_size: int = option(138, "V, unused rows included; 138: niah.vocabulary()", 2, 10**7)
+    vocab_size: int = option(139, "V, unused rows included; 139: niah.vocabulary()", 2, 10**7)
     d_model: int = option(64, "D", 1, 10**6)
     n_layers: int = option(3, "number of blocks", 1, 10**4)
     n_heads: int = option(2, "H; two heads of 32 learn key-value lookup in minutes, four of 16 do "

@@ -489,7 +489,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 
 
 def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
-    model = random_backbone(vocab_size=138)
+    model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path, load_tokenizer("tiny"))
     ids = torch.randint(3, 40, (2, 7))
     assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
@@ -497,7 +497,7 @@ def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path
 
 
 def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
-    bb.save_backbone(random_backbone(vocab_size=138), tmp_path, load_tokenizer("tiny"))
+    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, load_tokenizer("tiny"))
     vocabulary = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
     with pytest.raises(ValueError, match="another vocabulary"):
@@ -1404,8 +1404,8 @@ def phi_of(monkeypatch, model, batch, x0, inner=OPEN):
     seen = []
     adapt = memdlm.adapt_to_prompt
 
-    def spy(*inputs):
-        seen.append(adapt(*inputs))
+    def spy(*inputs, **options):
+        seen.append(adapt(*inputs, **options))
         return seen[-1]
     monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
     prompt_loss(model, batch, inner, x0, batch.given & batch.attend)
@@ -1424,7 +1424,8 @@ def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch)
 def test_in_training_a_prompt_is_written_as_at_inference(model, batch, monkeypatch):
     trained = phi_of(monkeypatch, model, batch, batch.x0)
     prompt, pad = batch.x0[:, :8], batch.attend[:, :8]
-    used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7)
+    used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7,
+                                  one_start=True)
     assert all(torch.equal(trained[name].B, used[name].B) for name in used)
 
 
@@ -1628,8 +1629,8 @@ def test_the_next_steps_gradient_reaches_the_updater_and_reset_cuts_it(
 def unrolled(model, batch):
     """A MetaState and its loss over three steps, backpropagated."""
     meta = trained_meta(model)
-    reveals = torch.tensor([[2, 2, 2], [0, 0, 6], [1, 5, 0], [3, 0, 3]])
-    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, reveals,
+    plan = metastate.Unroll(batch.t, torch.zeros(4, dtype=torch.bool), 3, 0)
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, plan,
                             4).backward()
     return meta
 
@@ -1645,20 +1646,21 @@ def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
         assert torch.equal(p, untouched[name])
 
 
-@pytest.mark.parametrize("concentration", [0.05, 0.3, 1.0, 100.0])
-def test_reveals_share_out_all_tokens_over_exactly_k_steps(concentration):
-    settings = MetaStateConfig(unroll=4, concentration=concentration)
-    n = torch.tensor([6, 1, 40, 0])
-    reveals = metastate.draw_reveals(n, settings, seed=3)
-    assert reveals.shape == (4, 4) and torch.equal(reveals.sum(1), n)
-    assert torch.equal(reveals, metastate.draw_reveals(n, settings, seed=3))
+def test_training_starts_with_passes_over_an_unchanged_canvas_and_then_reveals():
+    t = torch.full((200,), 0.5)
+    early = metastate.draw_unroll(t, 0.1, MetaStateConfig(), 3)
+    late = metastate.draw_unroll(t, 0.9, MetaStateConfig(), 3)
+    assert early.stay.all() and early.first_loss == 1
+    assert 0.3 < late.stay.float().mean() < 0.5 and late.first_loss == 0
+    assert set(late.t.tolist()) == {0.5, 1.0}
 
 
-def test_a_small_concentration_leaves_the_canvas_unchanged_for_most_of_the_steps():
-    n = torch.full((500,), 6)
-    idle = {c: (metastate.draw_reveals(n, MetaStateConfig(concentration=c), 0) == 0).float().mean()
-            for c in (0.1, 100.0)}
-    assert idle[0.1] > 0.6 and idle[100.0] < 0.25
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_an_update_unrolls_at_most_k_steps_and_sometimes_k(K):
+    plans = [metastate.draw_unroll(torch.ones(4), progress, MetaStateConfig(unroll=K), seed)
+             for progress in (0.0, 0.9) for seed in range(40)]
+    assert max(plan.steps for plan in plans) == K
+    assert all(plan.first_loss < plan.steps for plan in plans)
 
 
 def test_slots_that_are_read_before_they_are_injected_are_refused():
@@ -1667,33 +1669,30 @@ def test_slots_that_are_read_before_they_are_injected_are_refused():
     MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
 
 
-def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch):
-    """sum over k of n_k / N_m [lambda mean over the masked + (1 - lambda) mean over the revealed]."""
-    meta = trained_meta(model, balance=0.3)
-    reveals = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
-    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
-                                    reveals, 4)
+def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
+    """Rows alone: mean over a row's masked tokens, over rows, over steps; reveal the surest."""
+    meta = trained_meta(model)
+    stay = torch.tensor([False, True, False, False])
+    plan = metastate.Unroll(torch.ones(4), stay, 3, 0)
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, plan,
+                                    4)
     total = 0.0
     for b in range(4):
         pads = int((~batch.attend[b]).sum())
         x = batch.x0[b:b + 1, pads:]
-        order = (8 - pads + batch.u[b, 8:].argsort()).tolist()
+        masked = ~batch.given[b:b + 1, pads:]
         slots = None
-        for n_k in reveals[b].tolist():
-            if not order:
-                break
-            masked = torch.zeros_like(x, dtype=torch.bool)
-            masked[0, order] = True
+        for _ in range(3):
             xt = x.masked_fill(masked, 1)
-            t = torch.tensor([len(order) / 6])
-            logits, slots, _ = meta.step(model, model.context(xt), xt, t, slots, masked, 8 - pads)
-            ce = F.cross_entropy(logits, x[masked], reduction="none")
-            places = masked[0].nonzero()[:, 0].tolist()
-            now = [places.index(i) for i in order[:n_k]]
-            order = order[n_k:]
-            if n_k:
-                total += n_k / 6 * (0.3 * ce.mean() + 0.7 * ce[now].mean()) / 4
+            logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots,
+                                         masked, 8 - pads)
+            total += F.cross_entropy(logits, x[masked]) / 12
+            if not stay[b]:
+                surest = logits.softmax(-1).max(-1).values.argmax()
+                masked = masked.clone()
+                masked[0, masked[0].nonzero()[surest, 0]] = False
     torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
+
 
 @pytest.mark.parametrize("options", [
     dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
@@ -1743,7 +1742,7 @@ def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(fa
 @pytest.fixture
 def meta_checkpoint(tmp_path):
     """A MetaState in tmp_path/meta, trained on the backbone in tmp_path/base."""
-    model = random_backbone(vocab_size=138)
+    model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
     meta = trained_meta(model)
     metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
@@ -1762,7 +1761,7 @@ def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoin
 
 
 def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
-    bb.save_backbone(random_backbone(seed=1, vocab_size=138), tmp_path / "base")
+    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
     with pytest.raises(ValueError, match="another backbone"):
         metastate.load(tmp_path / "meta", "cpu")
 
@@ -2204,7 +2203,7 @@ def write_data(file, n):
 
 def llada_folder(folder):
     """A miniature LLaDA with the tiny tokenizer, and data.jsonl beside it."""
-    sizes = dict(vocab_size=138, embedding_size=138, mask_token_id=1, eos_token_id=2)
+    sizes = dict(vocab_size=139, embedding_size=139, mask_token_id=1, eos_token_id=2)
     write_checkpoint(folder, "llada", **sizes)
     load_tokenizer("tiny").save_pretrained(folder)
     write_data("data.jsonl", 40)
@@ -2900,7 +2899,7 @@ def test_no_code_from_a_checkpoint_is_ever_run(file):
 def equations_in(docstring):
     """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
     header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
-    return re.findall(r"(\S[^;]*?)\s*->\s*(\w+)", header)
+    return re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
 
 
 def functions_in(module):
@@ -2984,7 +2983,7 @@ def write_full_size(folder):
     index = json.dumps({"weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(REAL["llada"]))
-    # The tiny tokenizer stands in for LLaDA's: its words are ids below 138.
+    # The tiny tokenizer stands in for LLaDA's: its words are ids below 139.
     load_tokenizer("tiny").save_pretrained(folder)
 
 
@@ -3097,9 +3096,9 @@ def card_step(method, model, meta, b):
         if method == "memdlm":
             return memdlm.loss_memdlm(model, b.x0, b.given, b.attend, b.t, b.u, b.t, n_answer,
                                       MemDLMConfig())
-        # the last step reveals everything: until then each has all of the answer to predict
-        reveals = torch.tensor([[0] * (meta.settings.unroll - 1) + [n_answer]]).to(model.device)
-        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, reveals, 1)
+        # an unchanged canvas: each step has all of the answer to predict
+        plan = metastate.Unroll(b.t, b.t > 0, meta.settings.unroll, 0)
+        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, plan, 1)
 
     def step():
         optimizer.zero_grad()
@@ -3216,7 +3215,7 @@ def test_what_fits_is_a_larger_batch_or_a_shorter_row_or_nothing(memory, largest
 
 BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4,
                        head_dim=64, d_ff=768, conv_width=0)
-BENCH_SLOTS = MetaStateConfig(inject_layers=(10,))
+BENCH_SLOTS = MetaStateConfig(inject_layers=(10,), unroll=4)
 
 
 def bench_steps(batch=4, length=256):
@@ -3260,9 +3259,8 @@ def bench_steps(batch=4, length=256):
 
     def unrolled():
         model.requires_grad_(False)
-        reveals = metastate.draw_reveals((~given).sum(1), BENCH_SLOTS, 0)
-        loss = metastate.loss_unrolled(meta, model, x0, given, attend, u, reveals, batch)
-        loss.backward()
+        plan = metastate.Unroll(t, ones < 0, BENCH_SLOTS.unroll, 0)
+        metastate.loss_unrolled(meta, model, x0, given, attend, u, plan, batch).backward()
     return {"mdlm": mdlm_step, "memdlm": memdlm_step, "memdlm, trunk recomputed": recomputed,
             "metastate, K = 4, frozen": unrolled}
 
@@ -3340,7 +3338,7 @@ def bench_adaptation():
     device = bb.default_device()
     torch.manual_seed(0)
     tiny = load_backbone("tiny", device)
-    prompts = torch.randint(3, 138, (16, 64), device=device)
+    prompts = torch.randint(3, 139, (16, 64), device=device)
     every = torch.ones_like(prompts, dtype=torch.bool)
 
     def at_once():
