@@ -987,8 +987,8 @@ def encode(tokenizer, text):
     except UnicodeEncodeError as e:
         raise ValueError(f"the text holds half a character, a lone surrogate {text[e.start]!r}, at "
                          f"position {e.start}") from None
-    closed = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
-    if closed and tokenizer.unk_token is None:
+    if tokenizer.unk_token is None \
+            and type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
         unknown = [w for w in dict.fromkeys(text.split()) if w not in tokenizer.get_vocab()]
         if unknown:
             more = " ..." if len(unknown) > 10 else ""

@@ -136,7 +136,9 @@ class AdaRMSNorm(nn.Module):
     def __init__(self, dim, cond_dim):
         super().__init__()
         self.dim = dim
-        self.scale_shift = linear(cond_dim, 2 * dim, zero=True)
+        self.scale_shift = nn.Linear(cond_dim, 2 * dim)
+        nn.init.zeros_(self.scale_shift.weight)
+        nn.init.zeros_(self.scale_shift.bias)
 
     def forward(self, x, c):                                                # (B, n, dim), (B, C)
         scale, shift = self.scale_shift(c)[:, None].chunk(2, dim=-1)        # (B, 1, dim)
@@ -415,7 +417,9 @@ class FeedbackMLP(nn.Module):
         super().__init__()
         self.norm = AdaRMSNorm(D, settings.cond_dim)
         self.up = nn.Linear(D, 4 * D)
-        self.o = linear(4 * D, D, zero=True)
+        self.o = nn.Linear(4 * D, D)
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.o.bias)
 
     def forward(self, previous, c):                                         # (B, L, D), (B, C)
         return self.o(F.silu(self.up(self.norm(previous, c))))

@@ -1127,7 +1127,7 @@ GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
     (dict(block_length=4, steps=3), "multiple of 2"),
     (dict(remasking="best"), "remasking must be one of"),
     (dict(eos="never"), "eos must be one of"),
-    (dict(gen_length=5000, block_length=5000), "limit"),
+    (dict(gen_length=9000, block_length=9000), "limit"),
     (dict(remasking="entropy", block_length=4), "one block")])
 def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
     with pytest.raises(ValueError, match=message):
@@ -1201,7 +1201,7 @@ def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name,
 
 def test_memory_settings_beside_a_checkpoint_are_checked(here):
     for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "expected .* not 'speed'"), ('[1]', "expected")):
+                          ('{"speed": 1}', "speed is an unknown entry"), ('[1]', "expected")):
         Path("memory.json").write_text(text)
         with pytest.raises(ValueError, match=f"^memory.json: .*{message}"):
             sample.inner_loop_settings(".")
@@ -1473,12 +1473,12 @@ def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is
     ends = []
     for sign in (1, -1):
         with torch.no_grad():
-            p += sign * 1e-5 * direction
+            p += sign * 2e-4 * direction
         ends.append(prompt_loss(model, batch, CLOSED).item())
         with torch.no_grad():
-            p -= sign * 1e-5 * direction
-    measured = (ends[0] - ends[1]) / 2e-5
-    assert slopes[True] == pytest.approx(measured, rel=1e-3)
+            p -= sign * 2e-4 * direction
+    measured = (ends[0] - ends[1]) / 4e-4
+    assert slopes[True] == pytest.approx(measured, rel=1e-2)
     assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
 
 
@@ -2212,7 +2212,8 @@ def llada_folder(folder):
 def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
     llada_folder(here / "base")
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
-               "--lr", "1e-2", "--lora", 4, "--rank", 4, "--n_eval", 0, "--max_len", 64,
+               "--lr", "1e-2", "--lora", 4, "--lora_dropout", 0, "--rank", 4, "--n_eval", 0,
+               "--max_len", 64,
                "--device", "cpu"]
     run_train(*options, "--batch_size", 4, "--out", "one")
     run_train_in_processes(2, *options, "--batch_size", 2, "--out", "two")
