@@ -1201,7 +1201,8 @@ def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name,
 
 def test_memory_settings_beside_a_checkpoint_are_checked(here):
     for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "speed is an unknown entry"), ('[1]', "must hold an object")):
+                          ('{"speed": 1}', "speed is an unknown entry"),
+                          ('[1]', "must hold an object")):
         Path("memory.json").write_text(text)
         with pytest.raises(ValueError, match=f"^memory.json.*{message}"):
             sample.inner_loop_settings(".")
@@ -2581,7 +2582,8 @@ def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(he
 
 
 def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
-    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2", "--out", "run")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2",
+              "--out", "run")
     rows = log_of("run")
     assert len({row["held_out_metastate"] for row in rows}) == 4
     assert "held_out_off" not in rows[0]
