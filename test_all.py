@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ from memdlm import MemDLMConfig
 from metastate import MetaStateConfig
 
 HERE = Path(__file__).parent
-torch.set_num_threads(2)
+# more threads only wait for each other at these sizes
+torch.set_num_threads(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -819,10 +821,13 @@ def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
     dropped = torch.nn.functional.dropout(x, 0.5)
     low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(ours, x @ layer.weight.T + low)
-    model.eval()
-    assert torch.equal(model(ids), model(ids))
     model.train()
     assert not torch.equal(model(ids), model(ids))
+    evaluated = model.eval()(ids)
+    for module in model.modules():
+        if isinstance(module, bb.Linear):
+            module.lora_dropout = 0.0
+    assert torch.equal(model(ids), evaluated)
 
 
 def test_a_changed_byte_in_our_json_is_found_and_files_without_checksum_still_load(tmp_path):
@@ -1127,7 +1132,7 @@ GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
     (dict(block_length=4, steps=3), "multiple of 2"),
     (dict(remasking="best"), "remasking must be one of"),
     (dict(eos="never"), "eos must be one of"),
-    (dict(gen_length=5000, block_length=5000), "limit"),
+    (dict(gen_length=9000, block_length=9000), "limit"),
     (dict(remasking="entropy", block_length=4), "one block")])
 def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
     with pytest.raises(ValueError, match=message):
@@ -1201,7 +1206,7 @@ def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name,
 
 def test_memory_settings_beside_a_checkpoint_are_checked(here):
     for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "expected .* not 'speed'"), ('[1]', "expected")):
+                          ('{"speed": 1}', "speed is an unknown entry"), ('[1]', "expected")):
         Path("memory.json").write_text(text)
         with pytest.raises(ValueError, match=f"^memory.json: .*{message}"):
             sample.inner_loop_settings(".")
@@ -1218,6 +1223,44 @@ def test_watching_and_answers_print_no_control_characters(here, capsys, monkeypa
     sample.decode_and_print("off", sample.no_memory, model, Hostile(), prompts, how, True)
     said = capsys.readouterr().out
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+
+
+@pytest.mark.parametrize("text, question", [
+    ("river = 47 . ? river =", "? river ="),
+    ("where ? river = 47 . ? river =", "? river ="),
+    ("river = 47 . ? stone\nriver =", "river ="),
+    ("  river = 47 .\n? river =\n", "? river =")])
+def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
+        model, text, question):
+    tokenizer = load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    questions, arms = sample.close_book(model, tokenizer, [text.replace("\n", " \n "), text], ".")
+    assert [q.strip() for q in questions] == [question, question]
+    assert list(arms) == ["none", "blind"]
+    written = text.strip().removesuffix(question).strip()
+    ids = torch.tensor([bb.encode(tokenizer, written)])
+    every = torch.ones_like(ids, dtype=torch.bool)
+    expected = memdlm.adapt_to_prompt(model, ids, None, every, MemDLMConfig())
+    _, phi = arms["blind"](model, ids, None, 0)
+    for name, w in expected.items():
+        torch.testing.assert_close(phi[name].B[1:], w.B)
+
+
+@pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
+def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
+        here, capsys, text):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, text]) == 2
+    assert "has no question behind a text" in capsys.readouterr().err
+
+
+def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
+    assert len(re.findall(r"^ +blind: ", said, flags=re.M)) == 2
+    assert "of 2 answers" in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1404,8 +1447,8 @@ def phi_of(monkeypatch, model, batch, x0, inner=OPEN):
     seen = []
     adapt = memdlm.adapt_to_prompt
 
-    def spy(*inputs):
-        seen.append(adapt(*inputs))
+    def spy(*inputs, **more):
+        seen.append(adapt(*inputs, **more))
         return seen[-1]
     monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
     prompt_loss(model, batch, inner, x0, batch.given & batch.attend)
@@ -1421,10 +1464,12 @@ def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch)
     assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
 
 
-def test_in_training_a_prompt_is_written_as_at_inference(model, batch, monkeypatch):
+def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
+        model, batch, monkeypatch):
     trained = phi_of(monkeypatch, model, batch, batch.x0)
     prompt, pad = batch.x0[:, :8], batch.attend[:, :8]
-    used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7)
+    every = torch.ones_like(pad)
+    used = memdlm.adapt_to_prompt(model, prompt, pad, every, OPEN, 7, one_start=True)
     assert all(torch.equal(trained[name].B, used[name].B) for name in used)
 
 
@@ -1472,11 +1517,11 @@ def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is
     ends = []
     for sign in (1, -1):
         with torch.no_grad():
-            p += sign * 1e-5 * direction
+            p += sign * 1e-3 * direction
         ends.append(prompt_loss(model, batch, CLOSED).item())
         with torch.no_grad():
-            p -= sign * 1e-5 * direction
-    measured = (ends[0] - ends[1]) / 2e-5
+            p -= sign * 1e-3 * direction
+    measured = (ends[0] - ends[1]) / 2e-3
     assert slopes[True] == pytest.approx(measured, rel=1e-3)
     assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
 
@@ -1668,7 +1713,7 @@ def test_slots_that_are_read_before_they_are_injected_are_refused():
 
 
 def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch):
-    """sum over k of n_k / N_m [lambda mean over the masked + (1 - lambda) mean over the revealed]."""
+    """sum over k of n_k / N_m [lambda mean over masked + (1 - lambda) mean over revealed]."""
     meta = trained_meta(model, balance=0.3)
     reveals = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
     whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
@@ -2016,6 +2061,7 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
     class Characters:
         """A tokenizer with one token a character, so that answers are long."""
         unk_token = "?"
+        backend_tokenizer = argparse.Namespace(model=None)
 
         def encode(self, text, add_special_tokens=False):
             return [ord(c) for c in text]
@@ -2096,9 +2142,21 @@ def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
     out = tmp_path / "rows.jsonl"
     rows = niah.closed_book(model, tokenizer, CLOSED, ["none", "blind"], [2, 4], [0, 40], 3, 0, out)
     assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
-    assert {"arm", "facts", "length", "recall"} <= json.loads(out.read_text().splitlines()[0]).keys()
     table = niah.closed_table(rows).splitlines()
-    assert len(table) == 5 and table[0].split()[-3:] == ["1", "/", "facts"]
+    assert len(table) == 5
+    assert table[0].split()[-3:] == ["1", "/", "facts"]
+
+
+def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--n", "2",
+            "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "blind"]
+    assert main_of(niah, argv) == 0
+    rows = [json.loads(line) for line in Path("closed_book.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2 * 2
+    cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
+    assert cells == {(a, f, n) for a in ("none", "blind") for f in (1, 3) for n in (0, 32)}
+    assert all(row["recall"] in (0.0, 1.0) for row in rows)
+    assert "facts alone" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2122,11 +2180,14 @@ def run_train(*argv):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory; the tiny backbone is pretrained for two steps where needed."""
+    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
+    the held-out loss is that of few texts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
     monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
+    # held-out loss: one pass, 16 texts
+    monkeypatch.setattr(train.Run.held_out_loss, "__defaults__", (1, 16))
     return tmp_path
 
 
@@ -2213,8 +2274,8 @@ def llada_folder(folder):
 def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
     llada_folder(here / "base")
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
-               "--lr", "1e-2", "--lora", 4, "--rank", 4, "--n_eval", 0, "--max_len", 64,
-               "--device", "cpu"]
+               "--lr", "1e-2", "--lora", 4, "--lora_dropout", 0, "--rank", 4, "--n_eval", 0,
+               "--max_len", 64, "--device", "cpu"]
     run_train(*options, "--batch_size", 4, "--out", "one")
     run_train_in_processes(2, *options, "--batch_size", 2, "--out", "two")
     losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
@@ -2442,7 +2503,7 @@ def test_a_damaged_pretrained_backbone_is_named_before_it_is_used(here):
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
     options = [*MDLM, "--steps", 20, "--lr", "1e30"]
-    with pytest.raises(ValueError, match="nan at step .* seed 0.*last checkpoint in once is intact"):
+    with pytest.raises(ValueError, match="nan at step .* seed 0.*in once is intact"):
         run_train(*options, "--save_every", 1, "--out", "once")
     load_backbone("once", "cpu")
     with pytest.raises(ValueError, match="no checkpoint was written yet"):
@@ -2579,7 +2640,8 @@ def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(he
 
 
 def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
-    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2", "--out", "run")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2",
+              "--out", "run")
     rows = log_of("run")
     assert len({row["held_out_metastate"] for row in rows}) == 4
     assert "held_out_off" not in rows[0]
@@ -2900,7 +2962,7 @@ def test_no_code_from_a_checkpoint_is_ever_run(file):
 def equations_in(docstring):
     """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
     header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
-    return re.findall(r"(\S[^;]*?)\s*->\s*(\w+)", header)
+    return re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
 
 
 def functions_in(module):
@@ -3350,6 +3412,14 @@ def bench_adaptation():
         for row in prompts:
             memdlm.adapt_to_prompt(tiny, row[None], None, every[:1], MemDLMConfig())
     return clock({"16 prompts at once": at_once, "one by one": one_by_one}, 10)
+
+
+def test_the_benchmarks_kinds_of_a_training_step_all_run(monkeypatch):
+    small = dataclasses.replace(BENCH, d_model=32, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
+    monkeypatch.setattr(sys.modules[__name__], "BENCH", small)
+    monkeypatch.setattr(bb, "default_device", Mock(return_value="cpu"))
+    for step in bench_steps(2, 16).values():
+        step()
 
 
 def bench():
