@@ -28,7 +28,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -861,7 +860,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
 
 
 def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
-    tokenizer, model = load_tokenizer("tiny"), random_backbone(vocab_size=139)
+    tokenizer = load_tokenizer("tiny")
+    model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path, tokenizer)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
@@ -1175,8 +1175,8 @@ def test_threshold_decoding_ranks_in_float64():
 
 
 def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
-    mask, plain = model.cfg.mask_id, torch.randint(3, 40, (1, 9))
-    prompt = plain.clone()
+    mask = model.cfg.mask_id
+    prompt = torch.randint(3, 40, (1, 9))
     prompt[0, [1, 4, 7]] = mask
     for options in (dict(), dict(block_length=3), dict(threshold=0.1), dict(remasking="entropy")):
         seen = []
@@ -1206,9 +1206,9 @@ def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name,
 
 def test_memory_settings_beside_a_checkpoint_are_checked(here):
     for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "speed is an unknown entry"), ('[1]', "expected")):
+                          ('{"speed": 1}', "speed is an unknown entry"), ('[1]', "must hold an object")):
         Path("memory.json").write_text(text)
-        with pytest.raises(ValueError, match=f"^memory.json: .*{message}"):
+        with pytest.raises(ValueError, match=f"^memory.json:? .*{message}"):
             sample.inner_loop_settings(".")
 
 
@@ -1231,11 +1231,12 @@ def test_watching_and_answers_print_no_control_characters(here, capsys, monkeypa
     ("river = 47 . ? stone\nriver =", "river ="),
     ("  river = 47 .\n? river =\n", "? river =")])
 def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
-        model, text, question):
+        text, question):
     tokenizer = load_tokenizer("tiny")
     model = load_backbone("tiny", "cpu")
-    questions, arms = sample.close_book(model, tokenizer, [text.replace("\n", " \n "), text], ".")
-    assert [q.strip() for q in questions] == [question, question]
+    longer = "stone = 12 . the sky is blue . ? stone ="
+    questions, arms = sample.close_book(model, tokenizer, [longer, text], ".")
+    assert questions == ["? stone =", question]
     assert list(arms) == ["none", "blind"]
     written = text.strip().removesuffix(question).strip()
     ids = torch.tensor([bb.encode(tokenizer, written)])
@@ -1243,7 +1244,7 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
     expected = memdlm.adapt_to_prompt(model, ids, None, every, MemDLMConfig())
     _, phi = arms["blind"](model, ids, None, 0)
     for name, w in expected.items():
-        torch.testing.assert_close(phi[name].B[1:], w.B)
+        torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
@@ -1566,7 +1567,8 @@ def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded
     together = adapted(model, batch, inner)
     for row in range(4):
         pads = int((~batch.attend[row]).sum())
-        x0, prompt = batch.x0[row:row + 1, pads:], batch.given[row:row + 1, pads:]
+        x0 = batch.x0[row:row + 1, pads:]
+        prompt = batch.given[row:row + 1, pads:]
         alone = memdlm.adapt_to_prompt(model, x0, None, prompt, inner)
         for name in alone:
             torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5,
@@ -1980,7 +1982,8 @@ def test_the_probe_finds_nothing_in_empty_slots():
 def test_intervals_are_wilsons_near_zero_and_one():
     """Wilson's formula for k right of n; the normal approximation has width 0 at k = n."""
     for k, n in ((100, 100), (0, 100), (97, 100), (1, 1), (40, 80)):
-        p, z = k / n, 1.96
+        p = k / n
+        z = 1.96
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
 
@@ -2037,7 +2040,8 @@ def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, ca
 
 
 def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
 
     def failing(*inputs):
         raise ValueError("the power is gone")
@@ -2092,7 +2096,8 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
 
 def test_the_probe_works_on_a_device_without_float64(monkeypatch):
     """Apple's MPS: only on the CPU may a tensor become float64."""
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
 
     class OnDevice:
         def __init__(self, tensor):
@@ -2125,7 +2130,8 @@ def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_an
 
 
 def test_the_controls_of_the_closed_book_are_what_they_are_called():
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
     samples = closed_samples()
     phi = {arm: niah.write_texts(model, tokenizer, samples, arm, CLOSED)
            for arm in niah.CLOSED_ARMS}
@@ -2138,7 +2144,8 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
 
 
 def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
     out = tmp_path / "rows.jsonl"
     rows = niah.closed_book(model, tokenizer, CLOSED, ["none", "blind"], [2, 4], [0, 40], 3, 0, out)
     assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
@@ -2899,7 +2906,8 @@ def write_small_checkpoints(folder, commands):
 
 SHORT = {"test_all.py": [],
          "train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "4",
-                      "--accumulate", "1", "--max_len", "500", "--device", "cpu"],
+                      "--accumulate", "1", "--context", "32", "--max_len", "500",
+                      "--device", "cpu"],
          "niah.py": ["--n", "2", "--device", "cpu"],
          "sample.py": ["--device", "cpu"],
          "backbone.py": ["--device", "cpu"]}
@@ -2916,6 +2924,8 @@ def shortened(command):
         while stop < len(argv) and not argv[stop].startswith("--"):
             stop += 1
         argv[start:stop] = ["64"]
+    if "--probe" in argv:
+        argv += ["--passes", "2"]
     # The shell would have expanded file patterns.
     files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
     argv = [a for some in files for a in some]
@@ -3417,7 +3427,6 @@ def bench_adaptation():
 def test_the_benchmarks_kinds_of_a_training_step_all_run(monkeypatch):
     small = dataclasses.replace(BENCH, d_model=32, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
     monkeypatch.setattr(sys.modules[__name__], "BENCH", small)
-    monkeypatch.setattr(bb, "default_device", Mock(return_value="cpu"))
     for step in bench_steps(2, 16).values():
         step()
 
