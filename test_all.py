@@ -46,7 +46,8 @@ from memdlm import MemDLMConfig
 from metastate import MetaStateConfig
 
 HERE = Path(__file__).parent
-torch.set_num_threads(2)
+# more threads only wait for each other at these sizes
+torch.set_num_threads(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -819,10 +820,13 @@ def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
     dropped = torch.nn.functional.dropout(x, 0.5)
     low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(ours, x @ layer.weight.T + low)
-    model.eval()
-    assert torch.equal(model(ids), model(ids))
     model.train()
     assert not torch.equal(model(ids), model(ids))
+    evaluated = model.eval()(ids)
+    for module in model.modules():
+        if isinstance(module, bb.Linear):
+            module.lora_dropout = 0.0
+    assert torch.equal(model(ids), evaluated)
 
 
 def test_a_changed_byte_in_our_json_is_found_and_files_without_checksum_still_load(tmp_path):
@@ -856,7 +860,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
 
 
 def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
-    tokenizer, model = load_tokenizer("tiny"), random_backbone(vocab_size=139)
+    tokenizer = load_tokenizer("tiny")
+    model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path, tokenizer)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
@@ -1170,8 +1175,8 @@ def test_threshold_decoding_ranks_in_float64():
 
 
 def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
-    mask, plain = model.cfg.mask_id, torch.randint(3, 40, (1, 9))
-    prompt = plain.clone()
+    mask = model.cfg.mask_id
+    prompt = torch.randint(3, 40, (1, 9))
     prompt[0, [1, 4, 7]] = mask
     for options in (dict(), dict(block_length=3), dict(threshold=0.1), dict(remasking="entropy")):
         seen = []
@@ -1219,6 +1224,45 @@ def test_watching_and_answers_print_no_control_characters(here, capsys, monkeypa
     sample.decode_and_print("off", sample.no_memory, model, Hostile(), prompts, how, True)
     said = capsys.readouterr().out
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+
+
+@pytest.mark.parametrize("text, question", [
+    ("river = 47 . ? river =", "? river ="),
+    ("where ? river = 47 . ? river =", "? river ="),
+    ("river = 47 . ? stone\nriver =", "river ="),
+    ("  river = 47 .\n? river =\n", "? river =")])
+def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
+        text, question):
+    tokenizer = load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    longer = "stone = 12 . the sky is blue . ? stone ="
+    questions, arms = sample.close_book(model, tokenizer, [longer, text], ".")
+    assert questions == ["? stone =", question]
+    assert list(arms) == ["none", "blind"]
+    written = text.strip().removesuffix(question).strip()
+    ids = torch.tensor([bb.encode(tokenizer, written)])
+    every = torch.ones_like(ids, dtype=torch.bool)
+    expected = memdlm.adapt_to_prompt(model, ids, None, every, MemDLMConfig())
+    _, phi = arms["blind"](model, ids, None, 0)
+    for name, w in expected.items():
+        torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
+def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
+        here, capsys, text):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, text]) == 2
+    assert "has no question behind a text" in capsys.readouterr().err
+
+
+def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
+    assert len(re.findall(r"^ +blind: ", said, flags=re.M)) == 2
+    assert "of 2 answers" in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1422,7 +1466,8 @@ def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch)
     assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
 
 
-def test_in_training_a_prompt_is_written_as_at_inference(model, batch, monkeypatch):
+def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
+        model, batch, monkeypatch):
     trained = phi_of(monkeypatch, model, batch, batch.x0)
     prompt, pad = batch.x0[:, :8], batch.attend[:, :8]
     used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7,
@@ -1523,7 +1568,8 @@ def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded
     together = adapted(model, batch, inner)
     for row in range(4):
         pads = int((~batch.attend[row]).sum())
-        x0, prompt = batch.x0[row:row + 1, pads:], batch.given[row:row + 1, pads:]
+        x0 = batch.x0[row:row + 1, pads:]
+        prompt = batch.given[row:row + 1, pads:]
         alone = memdlm.adapt_to_prompt(model, x0, None, prompt, inner)
         for name in alone:
             torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5,
@@ -1935,7 +1981,8 @@ def test_the_probe_finds_nothing_in_empty_slots():
 def test_intervals_are_wilsons_near_zero_and_one():
     """Wilson's formula for k right of n; the normal approximation has width 0 at k = n."""
     for k, n in ((100, 100), (0, 100), (97, 100), (1, 1), (40, 80)):
-        p, z = k / n, 1.96
+        p = k / n
+        z = 1.96
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
 
@@ -1992,7 +2039,8 @@ def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, ca
 
 
 def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
 
     def failing(*inputs):
         raise ValueError("the power is gone")
@@ -2016,6 +2064,7 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
     class Characters:
         """A tokenizer with one token a character, so that answers are long."""
         unk_token = "?"
+        backend_tokenizer = argparse.Namespace(model=None)
 
         def encode(self, text, add_special_tokens=False):
             return [ord(c) for c in text]
@@ -2046,7 +2095,8 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
 
 def test_the_probe_works_on_a_device_without_float64(monkeypatch):
     """Apple's MPS: only on the CPU may a tensor become float64."""
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
 
     class OnDevice:
         def __init__(self, tensor):
@@ -2079,7 +2129,8 @@ def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_an
 
 
 def test_the_controls_of_the_closed_book_are_what_they_are_called():
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
     samples = closed_samples()
     phi = {arm: niah.write_texts(model, tokenizer, samples, arm, CLOSED)
            for arm in niah.CLOSED_ARMS}
@@ -2092,14 +2143,28 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
 
 
 def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
-    model, tokenizer = load_backbone("tiny", "cpu"), load_tokenizer("tiny")
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
     out = tmp_path / "rows.jsonl"
     rows = niah.closed_book(model, tokenizer, CLOSED, ["none", "blind"], [2, 4], [0, 40], 3, 0, out)
     assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
     first = json.loads(out.read_text().splitlines()[0])
     assert {"arm", "facts", "length", "recall"} <= first.keys()
     table = niah.closed_table(rows).splitlines()
-    assert len(table) == 5 and table[0].split()[-3:] == ["1", "/", "facts"]
+    assert len(table) == 5
+    assert table[0].split()[-3:] == ["1", "/", "facts"]
+
+
+def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
+    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--n", "2",
+            "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "blind"]
+    assert main_of(niah, argv) == 0
+    rows = [json.loads(line) for line in Path("closed_book.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2 * 2
+    cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
+    assert cells == {(a, f, n) for a in ("none", "blind") for f in (1, 3) for n in (0, 32)}
+    assert all(row["recall"] in (0.0, 1.0) for row in rows)
+    assert "facts alone" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2123,11 +2188,14 @@ def run_train(*argv):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory; the tiny backbone is pretrained for two steps where needed."""
+    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
+    the held-out loss is that of few texts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
     monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
+    # held-out loss: one pass, 16 texts
+    monkeypatch.setattr(train.Run.held_out_loss, "__defaults__", (1, 16))
     return tmp_path
 
 
@@ -2841,7 +2909,8 @@ def write_small_checkpoints(folder, commands):
 
 SHORT = {"test_all.py": [],
          "train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "4",
-                      "--accumulate", "1", "--max_len", "500", "--device", "cpu"],
+                      "--accumulate", "1", "--context", "32", "--max_len", "500",
+                      "--device", "cpu"],
          "niah.py": ["--n", "2", "--device", "cpu"],
          "sample.py": ["--device", "cpu"],
          "backbone.py": ["--device", "cpu"]}
@@ -2858,6 +2927,8 @@ def shortened(command):
         while stop < len(argv) and not argv[stop].startswith("--"):
             stop += 1
         argv[start:stop] = ["64"]
+    if "--probe" in argv:
+        argv += ["--passes", "2"]
     # The shell would have expanded file patterns.
     files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
     argv = [a for some in files for a in some]
@@ -3353,6 +3424,13 @@ def bench_adaptation():
         for row in prompts:
             memdlm.adapt_to_prompt(tiny, row[None], None, every[:1], MemDLMConfig())
     return clock({"16 prompts at once": at_once, "one by one": one_by_one}, 10)
+
+
+def test_the_benchmarks_kinds_of_a_training_step_all_run(monkeypatch):
+    small = dataclasses.replace(BENCH, d_model=32, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
+    monkeypatch.setattr(sys.modules[__name__], "BENCH", small)
+    for step in bench_steps(2, 16).values():
+        step()
 
 
 def bench():
