@@ -46,8 +46,12 @@ from memdlm import MemDLMConfig
 from metastate import MetaStateConfig
 
 HERE = Path(__file__).parent
-# more threads only wait for each other at these sizes
-torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """More of them only wait for each other at these sizes."""
+    torch.set_num_threads(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1988,7 +1992,9 @@ def test_intervals_are_wilsons_near_zero_and_one():
 
 
 def test_the_chance_of_a_story_is_that_of_a_guesser_who_names_a_place_of_the_text():
-    rng, hits, chance = random.Random(0), [], []
+    rng = random.Random(0)
+    hits = []
+    chance = []
     for s in niah.make_samples(["stories"], 64, 2000, 0, "eval"):
         guess = rng.choice(sorted(set(s.prompt.split()) & set(niah.PLACES)))
         hits.append(guess == s.refs[0])
@@ -3343,7 +3349,6 @@ def bench_steps(batch=4, length=256):
 
 def bench_peak(name):
     """Peak memory of one kind of training step, measured in a process of its own."""
-    torch.set_num_threads(2)
     for _ in range(2):
         bench_steps()[name]()
     return sample.peak_memory()
@@ -3571,11 +3576,11 @@ def rows_main(argv):
           "≈ the whole interval lies within one point of zero")
 
 
-def saved_run(folder, values, n_texts=None, task="single", arm="off"):
+def saved_run(folder, values):
     """A JSONL file as niah.py writes it: one text for each value."""
     folder.mkdir(exist_ok=True)
-    rows = [dict(task=task, arm=arm, length=64, steps=6, seed=1, prompt=f"text {i}", recall=v)
-            for i, v in enumerate(values)]
+    same = dict(task="single", arm="off", length=64, steps=6, seed=1)
+    rows = [dict(same, prompt=f"text {i}", recall=v) for i, v in enumerate(values)]
     niah.append_jsonl(folder / "niah.jsonl", rows)
     return folder / "niah.jsonl"
 
