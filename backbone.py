@@ -129,10 +129,12 @@ class BackboneConfig:
     conv_width: int = option(5, "depthwise convolution before attention, 0: none. Tiny preset "
                              "ONLY: a model of its size does not learn key-value lookup in minutes "
                              "unless it can see the token before", 0, 999)
-    # repr=False: fingerprints in existing MetaState checkpoints were taken over the other fields.
+    # repr=False, here and below: fingerprints in existing MetaState checkpoints were taken over
+    # the other fields
     conv_residual: bool = option(False, "the convolution goes into the residual stream, so that "
                                  "feed-forward layers, too, know the token before: fast weights "
-                                 "live there, and bind a value to its key only if they see the key")
+                                 "live there, and bind a value to its key only if they see the "
+                                 "key", repr=False)
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
     max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)

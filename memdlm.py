@@ -54,8 +54,8 @@ class MemDLMConfig:
     inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
                            "leak; closed_book: the prompt, which the outer loss then hides",
                            choices=["response", "prompt", "closed_book"])
-    questions: int = option(1, "closed book: rows in a row that ask about one text and share its "
-                            "phi; the writing costs most", low=1)
+    questions: int = option(1, "closed book: consecutive rows that ask about one text and share "
+                            "its phi; the writing costs most", low=1)
     exact_from: float = option(1.0, "share of the training steps after which the gradient goes "
                                "back through the inner steps; 1 = never (Eq. 10)", low=0, high=1)
 
@@ -253,7 +253,8 @@ def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, 
     if context.any():
         end = int(context.any(0).nonzero().max()) + 1
         columns = (x[::inner.questions, :end] for x in (x0, attend, context))
-        # one A a step: with one for each row, binding took twice as many steps
+        # one A a step: with one for each row the loss fell more slowly (a trial, one seed: 0.42
+        # in place of 0.26 after 400 steps)
         phi = adapt_to_prompt(backbone, *columns, inner, seed, exact, one_start=True)
         phi = {name: LowRank(w.A.repeat_interleave(inner.questions, 0),
                              w.B.repeat_interleave(inner.questions, 0), w.scale)

@@ -541,8 +541,9 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
                 gen_length=None):
     """Recall with the prompt hidden: the canvas holds the question and the answer, nothing else.
 
-    n_facts, lengths: lists; length 0 = the facts alone. Returns rows {arm, facts, length, recall,
-    output, ...}, one a sample, and appends them to the JSONL file `out` as they come."""
+    n_facts, lengths: lists; length 0 = the facts alone. A length that the facts do not fit is left
+    out. Returns rows {arm, facts, length, recall, output, ...}, one a sample, and appends them to
+    the JSONL file `out` as they come."""
     config = backbone.cfg
     gen_length = gen_length or answer_budget(tokenizer)
     count = token_counter(tokenizer, config)
@@ -553,6 +554,10 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
         for length, k in cells:
             task = partial(facts, n=k)
             samples = make_samples([task], length, n, f"{seed} {k} facts", "eval", count)
+            if length and max(count(sample.prompt) for sample in samples) > length:
+                # so many facts do not fit: their texts are longer than the column would say
+                bar.update(len(arms) * n)
+                continue
             for arm, (part, _) in product(arms, list(batches(samples, samples, length))):
                 phi = write_texts(backbone, tokenizer, part, arm, inner)
                 shown = [s.prompt if arm.startswith("open") else s.question for s in part]
@@ -581,7 +586,10 @@ def closed_table(rows):
         line = f"{k:<7}{arm:<11}"
         for length in lengths:
             values = [r["recall"] for r in group if r["length"] == length]
-            mean, half = interval(values) if values else (math.nan, math.nan)
+            if not values:
+                line += f"{'-':>14}"
+                continue
+            mean, half = interval(values)
             line += f"{100 * mean:>8.1f} ±{100 * half:>4.1f}"
         lines.append(line + f"{100 / len(VALUES):>12.1f}{100 / k:>11.1f}")
     return "\n".join(lines)
@@ -668,7 +676,8 @@ class Evaluation:
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
     metric: str = option("recall", "recall: RULER's and BABILong's; exact: order and number count",
                          choices=("recall", "exact"))
-    out: str = option(None, "file of all rows (default: niah.jsonl or passes.jsonl in CHECKPOINT)")
+    out: str = option(None, "file of all rows (default: in CHECKPOINT niah.jsonl, passes.jsonl or "
+                      "closed_book.jsonl)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
 
     @property
@@ -680,6 +689,9 @@ def check_before_loading(how):
     """What can be told without the model: ValueError or OSError; returns the file for the rows."""
     if how.checkpoint is None:
         raise ValueError("--checkpoint is needed")
+    if 0 in how.lengths and not how.closed_book:
+        raise ValueError("--lengths must be at least 1, not 0 (0 is for --closed_book: the facts "
+                         "alone)")
     if (how.by_steps or how.exposure or how.probe) and len(how.lengths) > 1:
         raise ValueError("--passes, --exposure, --probe and several --steps need one length, "
                          "for example --lengths 64")

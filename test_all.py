@@ -2161,6 +2161,13 @@ def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
     assert table[0].split()[-3:] == ["1", "/", "facts"]
 
 
+def test_a_length_that_so_many_facts_do_not_fit_is_left_out():
+    model = load_backbone("tiny", "cpu")
+    rows = niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none"], [4, 16], [0, 40], 2, 0)
+    assert {(r["facts"], r["length"]) for r in rows} == {(4, 0), (4, 40), (16, 0)}
+    assert niah.closed_table(rows).splitlines()[2].split()[4] == "-"
+
+
 def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
     argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--n", "2",
             "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "blind"]
@@ -2377,11 +2384,12 @@ BAD_LINES = {
         (SLOTS, ["--num_slots", "--unroll", "--span"], ["0", "-2", "x"]),
         (SLOTS, ["--slot_heads"], ["5", "x", "0", "-2"]),
         (CLOSED_BOOK, ["--batch_size"], ["6"]),
+        ([*CLOSED_BOOK, "--inner_on", "prompt"], ["--questions"], ["2", "4"]),
         (SLOTS, ["--inject_layers", "--read_layer"], ["9", "-9", "x"])],
     niah: [
         ([], ["--checkpoint"], WORDS),
         (CHECKPOINT, ["--arms"], WORDS),
-        (CHECKPOINT, ["--lengths"], ["-5", "x", "9999999"]),
+        (CHECKPOINT, ["--lengths"], ["0", "-5", "x", "9999999"]),
         ([*CHECKPOINT, "--closed_book"], ["--facts"], ["0", "25", "x"]),
         (CHECKPOINT, ["--n", "--gen_length"], ["0", "-1", "x"]),
         ([*CHECKPOINT, "--lengths", "16"], ["--steps"], ["0", "-1", "x"])],

@@ -9,7 +9,7 @@ Read as: every random number of a step comes from (seed, step), never from a run
 resumed run is bit for bit the run that was not killed, and any split of a batch over micro-batches
 or ranks gives the same loss (but for the dropout of a LoRA, which is drawn by each rank).
 Left out: mixed precision beyond bf16 weights with fp32 adapters, 4-bit weights.
-Run: python train.py --method memdlm      (tiny, CPU: pretrains once, then fine-tunes)
+Run: python train.py --method memdlm      (tiny, CPU: the closed book, from noise)
      python train.py --method memdlm --backbone GSAI-ML/LLaDA-8B-Base --data train.jsonl
      torchrun --nproc_per_node=8 train.py --method mdlm --backbone ...
 """
@@ -41,7 +41,7 @@ from backbone import (Backbone, BackboneConfig, adapter_base, add_flags, cli, co
                       load_backbone, load_tokenizer, masked_loss, option, read_json, sample_t,
                       save_adapter, save_backbone, validate, write_atomically, write_json)
 from memdlm import MemDLMConfig
-from metastate import MetaState, MetaStateConfig
+from metastate import MetaStateConfig
 from sample import left_pad, no_memory, peak_memory
 
 
@@ -51,9 +51,9 @@ class TrainConfig:
     method: str = option("memdlm", "plain, memory in weights, memory in activations",
                          choices=["mdlm", "memdlm", "metastate"])
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
-    init: str = option(None, "checkpoint to start from (tiny with memory or LoRA: pretrained once)")
+    init: str = option(None, "checkpoint to start from (tiny: pretrained once where it is needed)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
-                       "\"response\"} or {\"messages\"}")
+                       "\"response\"} or {\"messages\"}; for the closed book with a \"context\"")
     tasks: list = option(None, "niah tasks (default: all alike; metastate: half of them resolve)",
                          choices=list(niah.TASKS), nargs="+")
     out: str = option(None, "output folder (default: runs/METHOD)")
@@ -801,11 +801,14 @@ def memory_settings(cfg, model_cfg, inner_options, meta_options):
     inner = validate(dataclasses.replace(inner, **inner_options))
     meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
     meta.check(model_cfg.n_layers)
-    if cfg.data != "niah" and inner.questions > 1:
-        raise ValueError("--questions: the rows of --data are shuffled, each asks about a text of "
-                         "its own")
-    if is_closed(cfg, inner) and (cfg.batch_size or 128) % inner.questions:
-        raise ValueError(f"--batch_size {cfg.batch_size} is not a multiple of --questions "
+    closed = is_closed(cfg, inner)
+    shared = inner.questions > 1 and inner.inner_on != "response"
+    if shared and not (closed and cfg.data == "niah"):
+        raise ValueError("--questions: only the closed book on niah texts has several rows about "
+                         "one text")
+    batch_size = cfg.batch_size or DEFAULTS["closed_book"]["batch_size"]
+    if closed and batch_size % inner.questions:
+        raise ValueError(f"--batch_size {batch_size} is not a multiple of --questions "
                          f"{inner.questions}: rows that ask about one text share its phi")
     return inner, meta
 
