@@ -39,14 +39,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import (answer_start, config_from_dict, corrupt, load_backbone, open_shard, option,
-                      read_json, save_tensors, smallest, validate, write_json)
+from backbone import (answer_start, config_from_dict, load_backbone, open_shard, option, read_json,
+                      save_tensors, smallest, validate, write_json)
 
 
 @dataclass
@@ -61,9 +61,15 @@ class MetaStateConfig:
     inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
                                         "the head", low=0, nargs="+")
     read_layer: int = option(-1, "read after this layer; -1 = the last one")
-    unroll: int = option(5, "K, most denoising steps of a training update; 2 to K are drawn", low=1)
-    memory: str = option("slots", "slots, or a control: reset, feedback",
-                         choices=["slots", "reset", "feedback"])
+    unroll: int = option(5, "K, denoising steps of a training update", low=1)
+    balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
+                                 "the tokens that a step reveals", low=0, high=1)
+    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in "
+                                    "one step, after passes over an unchanged canvas", 0, 1)
+    concentration: float = option(0.5, "of the Dirichlet that shares tokens out to the K steps: "
+                                       "small = most of them in one step", low=0.01)
+    memory: str = option("slots", "slots, or a control: reset, detached, feedback, logits",
+                         choices=["slots", "reset", "detached", "feedback", "logits"])
 
     def check(self, n_layers):
         """Validate for a backbone of n_layers layers. Returns the layers to inject before and the
@@ -282,7 +288,8 @@ class MetaState(nn.Module):
         weights = None
         for i in range(self.inject_layers[0], backbone.cfg.n_layers + 1):
             if i in self.inject_layers:
-                h = self.inject(self.injectors[self.inject_layers.index(i)], h, old, c, place)
+                injector = self.injectors[self.inject_layers.index(i)]
+                h = self.inject(injector, h, old, c, place, ctx.attend)
             if i == self.read_layer + 1:
                 slots, weights = self.read(h, old, c, place, ctx.attend)
             if i < backbone.cfg.n_layers:
@@ -294,7 +301,7 @@ class MetaState(nn.Module):
         """What the step starts from: the slots of the last one, s_0 at the first."""
         return self.s0.expand(batch, -1, -1) if slots is None else slots
 
-    def inject(self, injector, h, slots, c, place):
+    def inject(self, injector, h, slots, c, place, visible):
         return h + injector(h.float(), slots, c, self.write_at, place).to(h.dtype)
 
     def read(self, h, slots, c, place, visible):
@@ -324,77 +331,78 @@ class MetaState(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 3. K-step unrolling.
 
-class Unroll(NamedTuple):
-    """One update's trajectories: where they start, how they move, which steps bear loss."""
-    t: torch.Tensor             # (B,) mask ratio of the first state
-    stay: torch.Tensor          # (B,) bool, rows whose canvas does not change
-    steps: int                  # K, denoising steps
-    first_loss: int             # the first step that bears loss
+def draw_reveals(n, settings, progress, seed):
+    """n_1 .. n_K: how many of its n masked tokens a row reveals at each step. n (B,) -> (B, K);
+    every row sums to its n. progress: share of the training that is done, in [0, 1).
 
-
-def draw_unroll(t, progress, settings, seed):
-    """The curriculum, which decides whether anything is learned. t (B,): the batch's own mask
-    ratios, kept by a fifth of the rows; the others start fully masked. progress: in [0, 1).
-
-    First passes over an unchanged canvas, with loss on every pass but the first: only memory can
-    help there. Then trajectories, in six rows of ten; K is drawn, because a model trained with one
-    number of passes fails with more."""
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.where(torch.rand(len(t), generator=generator) < 0.8, 1.0, t)
+    Published: Dirichlet-multinomial counts. Ours: the Dirichlet's concentration, and a curriculum.
+    First all tokens are revealed in one step, at the beginning the second, later any up to the
+    last: every pass before it sees an unchanged canvas, so that only memory can help."""
+    rng = np.random.default_rng(seed)
     K = settings.unroll
-    if progress < 0.4:
-        return Unroll(t, torch.ones(len(t), dtype=torch.bool), min(3, K), min(1, K - 1))
-    stay = torch.rand(len(t), generator=generator) < 0.4
-    steps = int(torch.randint(min(2, K), K + 1, (), generator=generator))
-    return Unroll(t, stay, steps, 0)
+    share = rng.dirichlet([settings.concentration] * K, len(n))                         # (B, K)
+    if progress < settings.curriculum and K > 1:
+        last = 1 + int(progress / settings.curriculum * (K - 1))
+        share[:] = np.eye(K)[rng.integers(1, last + 1)]
+    return torch.from_numpy(rng.multinomial(n.numpy(), share))
 
 
-def loss_unrolled(model, backbone, x0, given, attend, u, unroll, n_rows):
-    """The K-step unrolled loss: the mean over the steps that bear loss of the masked CE.
+def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
+    """The K-step unrolled loss: K steps that partition the trajectory from all masked to nothing
+    masked. Published form; lambda is `balance`.
 
-    x0, given, attend, u (B, L); unroll: draw_unroll's, for these rows; n_rows: of the whole batch,
-    all micro-batches and ranks. Answers stand at the end of the rows.
+    x0, given, attend (B, L); u (B, L) random: tokens are revealed in the order of u, with their
+    true values; reveals (B, K): draw_reveals; n_rows: of the whole batch, all micro-batches and
+    ranks. Answers stand at the end of the rows.
     Gradients reach the modules through all K steps: through the slots, and through the frozen
     layers above the injection."""
+    balance = model.settings.balance
     ctx = backbone.context(x0, attend)
     start = answer_start(given)
-    # 1. The first state, M_1; one token of each row is masked at least, so that each has a
-    # trajectory
     u = u.masked_fill(given, 2.0)
-    t = torch.maximum(unroll.t, u.min(1).values + 1e-6)
-    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
+    N_m = (~given).sum(1)                                                   # (B,)
+    masked = ~given                                                         # (B, L) M_1
     slots = None                                                            # s_0
     loss = 0.0
-    for k in range(unroll.steps):
-        # 2. One denoising step with memory
+    # steps after the last reveal would bear no loss
+    for k in range(int(reveals.any(0).nonzero().max()) + 1):
+        # 1. One denoising step with memory
         count = masked.sum(1)                                               # (B,)
-        ratio = count / (~given).sum(1)
-        logits, slots, _ = model.step(backbone, ctx, xt, ratio, slots, masked, start)   # (N, V)
-        # 3. Its loss: mean over a row's masked tokens, mean over rows
-        if k >= unroll.first_loss:
-            ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")          # (N,)
-            per_row = 1 / count / n_rows / (unroll.steps - unroll.first_loss)
-            loss = loss + (ce * per_row[masked.nonzero()[:, 0]]).sum()
-        # 4. The next state: reveal the surest masked token, as the sampler will, with its true
-        # value
-        p = logits.detach().float().softmax(-1).max(-1).values              # (N,)
-        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
-        # the last mask stays: every state has a loss
-        moves = ~unroll.stay & (count > 1)
-        reveal = smallest(unsure, moves.long())
-        xt = torch.where(reveal, x0, xt)
-        masked = masked & ~reveal                                           # M_{k+1} inside M_k
+        xt = x0.masked_fill(masked, backbone.cfg.mask_id)
+        n_k = reveals[:, k]
+        # rows that reveal nothing have w_k = 0: no logits are needed there
+        at = masked & (n_k > 0)[:, None]
+        logits, slots, _ = model.step(backbone, ctx, xt, count / N_m, slots, at, start)
+        # 2. The tokens that it reveals
+        revealed = smallest(u.masked_fill(~masked, 2.0), n_k)               # (B, L)
+        # 3. L_k = w_k [lambda dense_k + (1 - lambda) reveal_k],  w_k = n_k / N_m
+        #    dense_k: mean CE over the masked tokens;  reveal_k: mean CE over the revealed ones
+        dense = (balance * n_k / N_m / count.clamp(min=1))[:, None]         # (B, 1)
+        reveal = (1 - balance) * revealed / N_m[:, None]                      # (B, L)
+        ce = F.cross_entropy(logits.float(), x0[at], reduction="none")      # (N,)
+        loss = loss + (ce * (dense + reveal)[at]).sum() / n_rows
+        masked = masked & ~revealed                                           # M_{k+1} inside M_k
     return loss
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Controls: what is taken away, or given without limit. Each changes one of carry, inject and
-# read.
+# 4. Controls: what is taken away, or given without limit.
 
 class Reset(MetaState):
-    """No persistence: the same modules, the slots put back to s_0 at every step."""
+    """No persistence: every step starts from s_0. So that Mixer and Updater have work to do and get
+    a gradient, the slots are filled from what comes in before they are injected."""
     def carry(self, slots, batch):
         return super().carry(None, batch)
+
+    def inject(self, injector, h, slots, c, place, visible):
+        slots, _ = self.read(h, slots, c, place, visible)
+        return super().inject(injector, h, slots, c, place, visible)
+
+
+class Detached(MetaState):
+    """Slots are carried, but not trained through time: a write learns from the next step alone."""
+    def read(self, h, slots, c, place, visible):
+        return super().read(h.detach(), slots.detach(), c, place, visible)
 
 
 class Feedback(MetaState):
@@ -406,7 +414,7 @@ class Feedback(MetaState):
     def carry(self, slots, batch):
         return slots
 
-    def inject(self, injector, h, slots, c, place):
+    def inject(self, injector, h, slots, c, place, visible):
         return h if slots is None else h + injector(slots, c).to(h.dtype)
 
     def read(self, h, slots, c, place, visible):
@@ -426,9 +434,31 @@ class FeedbackMLP(nn.Module):
         return self.o(F.silu(self.up(self.norm(previous, c))))
 
 
+class LogitFeedback(Feedback):
+    """Beliefs about the answer and nothing else: the expected embedding of the last prediction is
+    added where a mask was (soft masking, arXiv 2510.17206). Two numbers are trained."""
+    def build(self, D, settings):
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.sharpness = nn.Parameter(torch.ones(()))
+        self.time = nn.Identity()
+        self.injectors = [None] * len(self.inject_layers)
+
+    def inject(self, injector, h, slots, c, place, visible):
+        return h if slots is None else h + (self.gain * slots).to(h.dtype)
+
+    def step(self, backbone, ctx, xt, t, slots, at, start, phi=None):
+        masks = xt == backbone.cfg.mask_id
+        logits, _, _ = super().step(backbone, ctx, xt, t, slots, masks, start, phi)
+        p = (self.sharpness * logits.float()).softmax(-1)                   # (N, V)
+        expected = p @ backbone.embed_tokens.weight.float()                 # (N, D)
+        new = torch.zeros(*xt.shape, expected.shape[-1], device=xt.device)
+        return logits[at[masks]], new.masked_scatter(masks[..., None], expected), None
+
+
 # settings.memory -> the class, and the arm's name in tables
-KINDS = {"slots": MetaState, "reset": Reset, "feedback": Feedback}
-ARMS = {"slots": "metastate", "reset": "reset", "feedback": "feedback"}
+KINDS = {"slots": MetaState, "reset": Reset, "detached": Detached, "feedback": Feedback,
+         "logits": LogitFeedback}
+ARMS = {**{name: name for name in KINDS}, "slots": "metastate"}
 
 
 def build(backbone_config, settings):

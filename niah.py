@@ -268,9 +268,10 @@ def stories(rng, length, split, count):
     return Sample("stories", text, f"{who} {place[who]}", [place[who]], chance, depth, 1, length)
 
 
-def facts(rng, length, split, count, n=None):
-    """For the closed book: n keys with one value each (default: 1 to 12), one is asked for."""
-    return needles("facts", rng, length, split, count, n_keys=n or rng.randint(1, 12), n_values=1)
+def facts(rng, length, split, count, n=None, most=24):
+    """For fast weights: n keys with one value each (default: 1 to `most`), one is asked for."""
+    n_keys = n or rng.randint(1, most)
+    return needles("facts", rng, length, split, count, n_keys=n_keys, n_values=1)
 
 
 def ask(sample, questions, rng):
@@ -285,17 +286,19 @@ def ask(sample, questions, rng):
 
 TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, resolve, common,
                                  stories)}
+# facts is for fast weights: no backbone is pretrained on it
+ALL_TASKS = {**TASKS, "facts": facts}
 
 
 def make_samples(tasks, length, n, seed, split="train", count=count_words):
     """n samples, tasks drawn at random; equal arguments, equal samples. split: train or eval.
-    tasks: names in TASKS, or functions."""
+    tasks: names in ALL_TASKS, or functions."""
     rng = random.Random(f"{split} {seed}")
     samples = []
     while len(samples) < n:
         task = rng.choice(tasks)
         try:
-            samples.append(TASKS.get(task, task)(rng, length, split, count))
+            samples.append(ALL_TASKS.get(task, task)(rng, length, split, count))
         except LookupError:
             continue
     return samples
@@ -661,7 +664,7 @@ def grid(rows, arm, down, across, colour):
 class Evaluation:
     """What to measure: the flags of the command line."""
     checkpoint: str = option(None, "a folder written by train.py, a hub name, or an adapter folder")
-    tasks: list = option(tuple(TASKS), "tasks", choices=tuple(TASKS))
+    tasks: list = option(tuple(TASKS), "tasks", choices=tuple(ALL_TASKS))
     lengths: tuple = option((64, 128, 256), "context lengths in tokens; tiny is trained to 64", 0)
     n: int = option(100, "samples per cell", 1)
     seed: int = option(1, "seed of the evaluation texts")

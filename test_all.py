@@ -1661,33 +1661,55 @@ def test_updater_equals_torch_grucell(meta):
 
 
 @pytest.mark.parametrize("memory, persists", [
-    ("slots", True), ("reset", False), ("feedback", True)])
+    ("slots", True), ("reset", False), ("detached", True), ("feedback", True), ("logits", True)])
 def test_memory_reaches_the_next_steps_logits_and_reset_cuts_it(model, batch, memory, persists):
     first, second = two_steps(model, trained_meta(model, memory=memory), batch)
     assert torch.equal(first, second) != persists
 
 
-@pytest.mark.parametrize("memory, persists", [("slots", True), ("reset", False)])
-def test_the_next_steps_gradient_reaches_the_updater_and_reset_cuts_it(
-        model, batch, memory, persists):
-    meta = trained_meta(model, memory=memory)
+def test_the_next_steps_gradient_reaches_the_updater(model, batch):
+    meta = trained_meta(model)
     two_steps(model, meta, batch)[1].sum().backward()
-    grad = meta.updater.x.weight.grad
-    assert (grad is not None and grad.abs().max() > 0) == persists
+    assert meta.updater.x.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("memory, reaches_s0", [("slots", True), ("detached", False)])
+def test_only_training_through_time_reaches_what_was_written_two_steps_ago(
+        model, batch, memory, reaches_s0):
+    """s_0 is injected at the first step; a loss at the third feels it through two writes."""
+    meta = trained_meta(model, memory=memory)
+    at = ~batch.given
+    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
+    ctx = model.context(xt, batch.attend)
+    slots = None
+    for _ in range(3):
+        logits, slots, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
+    logits.sum().backward()
+    assert (meta.s0.grad is not None) == reaches_s0
+
+
+# six tokens in each row, shared out to three steps
+REVEALS = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
 
 
 @pytest.fixture
 def unrolled(model, batch):
     """A MetaState and its loss over three steps, backpropagated."""
     meta = trained_meta(model)
-    plan = metastate.Unroll(batch.t, torch.zeros(4, dtype=torch.bool), 3, 0)
-    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, plan,
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, REVEALS,
                             4).backward()
     return meta
 
 
 def test_every_module_of_metastate_gets_a_gradient(unrolled):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
+
+
+def test_the_reset_control_has_as_many_live_parameters_as_metastate(model, batch):
+    meta = trained_meta(model, memory="reset")
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, REVEALS,
+                            4).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in meta.parameters())
 
 
 def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
@@ -1697,21 +1719,33 @@ def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
         assert torch.equal(p, untouched[name])
 
 
-def test_training_starts_with_passes_over_an_unchanged_canvas_and_then_reveals():
-    t = torch.full((200,), 0.5)
-    early = metastate.draw_unroll(t, 0.1, MetaStateConfig(), 3)
-    late = metastate.draw_unroll(t, 0.9, MetaStateConfig(), 3)
-    assert early.stay.all() and early.first_loss == 1
-    assert 0.3 < late.stay.float().mean() < 0.5 and late.first_loss == 0
-    assert set(late.t.tolist()) == {0.5, 1.0}
-
-
+@pytest.mark.parametrize("progress", [0.0, 0.9])
 @pytest.mark.parametrize("K", [1, 2, 5])
-def test_an_update_unrolls_at_most_k_steps_and_sometimes_k(K):
-    plans = [metastate.draw_unroll(torch.ones(4), progress, MetaStateConfig(unroll=K), seed)
-             for progress in (0.0, 0.9) for seed in range(40)]
-    assert max(plan.steps for plan in plans) == K
-    assert all(plan.first_loss < plan.steps for plan in plans)
+def test_the_reveals_of_a_row_add_up_to_all_of_its_tokens(progress, K):
+    n = torch.tensor([6, 1, 40])
+    reveals = metastate.draw_reveals(n, MetaStateConfig(unroll=K), progress, seed=3)
+    assert reveals.shape == (3, K)
+    assert torch.equal(reveals.sum(1), n)
+
+
+@pytest.mark.parametrize("progress, steps", [(0.0, {1}), (0.15, {1, 2}), (0.39, {1, 2, 3, 4})])
+def test_training_starts_with_ever_more_passes_over_an_unchanged_canvas(progress, steps):
+    drawn = [metastate.draw_reveals(torch.tensor([6] * 4), MetaStateConfig(), progress, seed)
+             for seed in range(50)]
+    # one step, the same in every row, reveals all
+    assert all((r == 6).sum() == 4 for r in drawn)
+    assert {k for r in drawn for k in r.argmax(1).tolist()} == steps
+
+
+def test_the_curriculum_of_metastate_begins_with_rows_that_need_memory(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(niah, "make_samples", lambda tasks, *args, real=niah.make_samples:
+                        seen.append(set(tasks)) or real(tasks, *args))
+    run_train(*SLOTS, "--steps", 5, "--unroll", 2, "--curriculum", 0.4, "--out", "run",
+              "--tasks", "resolve", "single", "--eval_every", 99)
+    # the tiny backbone's pretraining draws from all tasks
+    seen = [tasks for tasks in seen if len(tasks) < 3]
+    assert seen[:5] == [{"resolve"}, {"resolve"}] + [{"resolve", "single"}] * 3
 
 
 def test_slots_that_are_read_before_they_are_injected_are_refused():
@@ -1720,28 +1754,32 @@ def test_slots_that_are_read_before_they_are_injected_are_refused():
     MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
 
 
-def test_the_unrolled_loss_equals_denoising_step_by_step(model, batch):
-    """Rows alone: mean over a row's masked tokens, over rows, over steps; reveal the surest."""
-    meta = trained_meta(model)
-    stay = torch.tensor([False, True, False, False])
-    plan = metastate.Unroll(torch.ones(4), stay, 3, 0)
-    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, plan,
-                                    4)
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch, balance):
+    """L = sum over k of w_k [lambda dense_k + (1 - lambda) reveal_k], w_k = n_k / N_m."""
+    meta = trained_meta(model, balance=balance)
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
+                                    REVEALS, 4)
     total = 0.0
     for b in range(4):
         pads = int((~batch.attend[b]).sum())
         x = batch.x0[b:b + 1, pads:]
-        masked = ~batch.given[b:b + 1, pads:]
+        hidden = (~batch.given[b, pads:]).nonzero()[:, 0]
+        hidden = hidden[batch.u[b, pads:][hidden].argsort()].tolist()      # in order of reveal
         slots = None
-        for _ in range(3):
-            xt = x.masked_fill(masked, 1)
+        for n_k in REVEALS[b].tolist():
+            xt = x.clone()
+            xt[0, hidden] = 1
+            masked = xt == 1
             logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots,
                                          masked, 8 - pads)
-            total += F.cross_entropy(logits, x[masked]) / 12
-            if not stay[b]:
-                surest = logits.softmax(-1).max(-1).values.argmax()
-                masked = masked.clone()
-                masked[0, masked[0].nonzero()[surest, 0]] = False
+            if n_k:
+                ce = dict(zip(masked[0].nonzero()[:, 0].tolist(),
+                              F.cross_entropy(logits, x[masked], reduction="none")))
+                dense = sum(ce.values()) / len(ce)
+                reveal = sum(ce[i] for i in hidden[:n_k]) / n_k
+                total += n_k / 6 * (balance * dense + (1 - balance) * reveal) / 4
+            hidden = hidden[n_k:]
     torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 
@@ -2993,10 +3031,13 @@ def equations_in(docstring):
 
 
 def functions_in(module):
-    """{name: source} of all functions and methods."""
+    """{name: source} of all functions and methods; of those with one name, the first."""
     text = inspect.getsource(module)
-    return {node.name: ast.get_source_segment(text, node) for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.FunctionDef)}
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, ast.get_source_segment(text, node))
+    return found
 
 
 @pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
@@ -3186,9 +3227,9 @@ def card_step(method, model, meta, b):
         if method == "memdlm":
             return memdlm.loss_memdlm(model, b.x0, b.given, b.attend, b.t, b.u, b.t, n_answer,
                                       MemDLMConfig())
-        # an unchanged canvas: each step has all of the answer to predict
-        plan = metastate.Unroll(b.t, b.t > 0, meta.settings.unroll, 0)
-        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, plan, 1)
+        K = meta.settings.unroll
+        reveals = torch.full((1, K), n_answer // K, device=model.device)
+        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, reveals, 1)
 
     def step():
         optimizer.zero_grad()
@@ -3349,8 +3390,8 @@ def bench_steps(batch=4, length=256):
 
     def unrolled():
         model.requires_grad_(False)
-        plan = metastate.Unroll(t, ones < 0, BENCH_SLOTS.unroll, 0)
-        metastate.loss_unrolled(meta, model, x0, given, attend, u, plan, batch).backward()
+        reveals = torch.full((batch, 4), length // 8, device=device)
+        metastate.loss_unrolled(meta, model, x0, given, attend, u, reveals, batch).backward()
     return {"mdlm": mdlm_step, "memdlm": memdlm_step, "memdlm, trunk recomputed": recomputed,
             "metastate, K = 4, frozen": unrolled}
 
