@@ -99,7 +99,7 @@ DEFAULTS = {
     "pretrain": dict(steps=8000, batch_size=48, lr=3e-3, full_share=0.3, **TINY),
     "finetune": dict(steps=400, batch_size=32, lr=2e-5, full_share=0.5, **TINY),
     "closed_book": dict(steps=1600, batch_size=128, lr=3e-3, full_share=0.3, **TINY),
-    "metastate": {**TINY, **dict(steps=3000, batch_size=32, lr=2e-3, full_share=0.0,
+    "metastate": {**TINY, **dict(steps=2000, batch_size=32, lr=2e-3, full_share=0.0,
                                  tasks=["resolve"] * len(OTHERS) + OTHERS)},
     "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
                       beta2=0.999, weight_decay=0.0, loss_weight="1/t", lora=32,
