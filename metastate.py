@@ -1,12 +1,12 @@
 """MetaState: memory in activations. A fixed-size bank of slots persists across the denoising steps
 of a frozen backbone.
 
-Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, and what a later paper says of its
-training loss; its body, its hyper-parameters and its code could NOT be read. Published, in these
-sources: the frozen backbone, the Mixer, Updater and Injector and what each of them does, a shared
-time conditioner, K-step unrolling, K = 4. Everything else is our decision, to be checked against
-the PDF. Known to differ: there the K steps partition the whole trajectory in random order, with
-w_k = n_k / N_m as the weight of a step that reveals n_k of N_m tokens (README, differences).
+Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, and what a later paper ("On
+Trajectory-Aware Training for Masked Diffusion LMs", 2026, appendices F and G) says of its loss; its
+body, its hyper-parameters and its code could NOT be read. Published, by these sources: the frozen
+backbone, Mixer, Updater and Injector and what each of them does, a shared time conditioner, K-step
+unrolling with K = 4, its loss and its trajectories (loss_unrolled, draw_reveals). Everything else
+is our decision, to be checked against the PDF.
 Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it
 had worked out is computed again (the "Information Island"). MetaState lets every step read what the
 last one wrote: the Injector adds the slots to the activations, the backbone runs, the Mixer reads
@@ -29,8 +29,8 @@ Decided here (measured effects are in the README):
   needs is what the first one worked out about the prompt.
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
-- The curriculum (draw_unroll): it decides whether anything is learned. On the tiny model K is at
-  most 5, with which its results were measured; on real ones 4, as published.
+- lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), which decides
+  whether anything is learned. The tiny model has K = 5: its longest questions need five passes.
 Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
