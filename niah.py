@@ -484,7 +484,7 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
 
     def answers():
         for (length, k), arm in product(cells, arms):
-            for samples, in batches(length, cells[length, k]):
+            for [samples] in batches(length, cells[length, k]):
                 phi = write_texts(backbone, tokenizer, samples, arm, inner)
                 shown = [s.prompt if arm.startswith("open") else s.question for s in samples]
                 prompts = [encode_prompt(tokenizer, config, text) for text in shown]

@@ -3642,7 +3642,7 @@ def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None)
     values = torch.tensor([niah.VALUES.index(s.answer) for s in samples])
     y = F.one_hot(values).double()
     slots = []
-    for some, in niah.batches(length, prompts):
+    for [some] in niah.batches(length, prompts):
         steps = niah.repeat(backbone, memory, some, passes, gen_length)
         # to the CPU first: Apple's MPS has no float64
         slots.append(torch.stack([state[0].flatten(1).cpu().double() for _, state in steps]))
@@ -3731,10 +3731,13 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None, length=64)
     texts with one answer is left out."""
     gen_length = niah.answer_budget(tokenizer)
     rows = []
+
+    def texts(hops, twin, seed):
+        task = functools.partial(resolve_text, hops, twin)
+        return niah.encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
     for kind, hops, after in itertools.product((*DONORS, "reset"), range(1, 5), range(passes)):
-        own, donor = (niah.encoded_samples(
-            backbone, tokenizer, [functools.partial(resolve_text, hops, twin)], length, n, s,
-            gen_length) for twin, s in ((None, seed), (kind, seed + (kind == "text"))))
+        own = texts(hops, None, seed)
+        donor = texts(hops, kind, seed + 1 if kind == "text" else seed)
         changed = disturbed(memory, after, put_back if kind == "reset" else exchange)
         columns = dict(table=kind if kind == "reset" else f"exchange {kind}", after=after)
         new = []
