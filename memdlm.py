@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from backbone import LowRank, answer_start, corrupt, masked_loss, option, smallest
+from backbone import LowRank, corrupt, masked_loss, option, smallest
 
 
 @dataclass
@@ -290,45 +290,3 @@ def written(phi):
             return backbone(xt, attend, at, phi), phi
         return predict, phi
     return memory
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Exposure bias.
-
-@torch.no_grad()
-def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
-    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
-    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
-
-    sequential: still masked after denoising down to this ratio with its own, surest tokens.
-    static: equally many random positions masked, the rest ground truth; the paper's ratio is
-        sequential / static.
-    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
-    (ours). All three start from the memory that the sequential run has left. The response must
-    stand at the end of every row."""
-    mask_id = backbone.cfg.mask_id
-    n = (~given).sum(1)                                                                 # (B,)
-    xt = x0.masked_fill(~given, mask_id)
-    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
-    u = u.to(x0.device).masked_fill(given, 2.0)
-    predict, state = memory(backbone, xt, attend, answer_start(given))
-    rows = []
-
-    def measure(xt, masked):
-        logits, new_state = predict(xt, masked.sum(1) / n, state, masked)
-        return F.cross_entropy(logits.float(), x0[masked]).item(), logits, new_state
-    for step in range(steps):
-        masked = (xt == mask_id) & ~given
-        at_random = smallest(u, masked.sum(1))
-        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
-        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
-        sequential, logits, state = measure(xt, masked)
-        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
-                         clean=clean, published_ratio=sequential / static,
-                         clean_ratio=sequential / clean))
-        p, token = logits.float().softmax(-1).max(-1)
-        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
-        masks_left = (n * (1 - (step + 1) / steps)).round()
-        reveal = smallest(unsure, masked.sum(1) - masks_left)
-        xt = torch.where(reveal, torch.zeros_like(xt).masked_scatter(masked, token), xt)
-    return rows

@@ -1,11 +1,10 @@
-"""Needle-in-a-haystack tasks: text whose answer lies somewhere in it, at any length; for training
-and for evaluation alike.
+"""Needle-in-a-haystack tasks, for training and evaluation: the answer lies somewhere in the text.
 
 Sources: RULER (arXiv 2404.06654) and BABILong (2406.10149), the benchmarks behind MemDLM's tables.
-Each task below is a miniature with the same structure; its docstring says what was changed.
 Idea: the haystack is filler, the needles are facts "key = value ." between its sentences, the
-question comes last with the asked key right before the answer. Distractor needles are mandatory:
-without them "copy every value you see" scores 100 %.
+question comes last with the asked key right before the answer. Each task is a miniature with the
+structure of the original; it says what was changed. Distractor needles are mandatory: without them
+"copy every value you see" scores 100 %.
 Scoring: RULER's recall = mean over the references of [reference is a substring of the output, upper
 and lower case alike]. BABILong's (stories) = the target is the only place that the output's first
 sentence names, as in its own code; the harness that MemDLM used takes any output that holds the
@@ -14,14 +13,15 @@ Held out: training and evaluation draw from different seeds. In all tasks but st
 they also draw from disjoint sets of pairs: a "key = value" of the evaluation never occurs in
 training, so a right answer was read from the prompt, not remembered.
 Left out: essays as filler, 7-digit numbers, UUIDs (closed vocabulary), RULER's one-shot examples.
-Run: python niah.py --checkpoint runs/memdlm  (tasks x lengths, memory off and on; depth grid; rows)
+Run: python niah.py --checkpoint runs/memdlm
 """
 import json
 import math
+import os
 import random
 import re
-import sys
 from argparse import ArgumentParser
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from backbone import LowRank, add_flags, cli, encode, encode_prompt, given_flags, option
-from memdlm import adapt_to_prompt, exposure_bias, written
+from memdlm import adapt_to_prompt, written
 from sample import cut, generate, inner_loop_settings, left_pad, load_arms
 
 # --------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Sample:
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Pieces.
+# 1. What the tasks are made of.
 
 @lru_cache(maxsize=None)
 def for_evaluation(first, second):
@@ -147,11 +147,11 @@ def needles(task, rng, length, split, count, n_keys, n_values):
     """One key with n_values values is asked for, among n_keys - 1 distractors with one each."""
     keys = set()
     values = set()
-    asked = pick(rng, KEYS, keys, split)
-    facts = [(asked, pick(rng, VALUES, values, split, after=asked)) for _ in range(n_values)]
-    for _ in range(n_keys - 1):
+    facts = []
+    for n in [n_values] + [1] * (n_keys - 1):
         key = pick(rng, KEYS, keys, split)
-        facts.append((key, pick(rng, VALUES, values, split, after=key)))
+        facts += [(key, pick(rng, VALUES, values, split, after=key)) for _ in range(n)]
+    asked = facts[0][0]
     rng.shuffle(facts)
     # in the order of appearance
     refs = [value for key, value in facts if key == asked]
@@ -159,23 +159,6 @@ def needles(task, rng, length, split, count, n_keys, n_values):
     text, depths = hide(rng, lines, f"? {asked} =", length, count)
     depth = depths[[key for key, _ in facts].index(asked)]
     return Sample(task, text, " ".join(refs), refs, n_values / len(values), depth, 0, length)
-
-
-def single(*args):
-    """RULER niah_single: one needle at a random depth. No distractor, so copying the only number
-    scores 100: a smoke test."""
-    return needles("single", *args, n_keys=1, n_values=1)
-
-
-def multikey(*args):
-    """RULER niah_multikey_1: four keys, one is asked for."""
-    return needles("multikey", *args, n_keys=4, n_values=1)
-
-
-def multivalue(*args):
-    """RULER niah_multivalue: four values of one key, all asked for. Ours adds three distractor keys
-    (RULER has none)."""
-    return needles("multivalue", *args, n_keys=4, n_values=4)
 
 
 def chains(task, rng, length, split, count, hops, shuffled, direct=False):
@@ -202,20 +185,6 @@ def chains(task, rng, length, split, count, hops, shuffled, direct=False):
     text, depths = hide(rng, facts, query, length, count)
     depth = depths[facts.index(f"{names[0]} = {value} .")]
     return Sample(task, text, " ".join(refs), refs, 0.5, depth, hops, length)
-
-
-def tracking(*args):
-    """RULER variable tracking with 2 hops: "a = 47 . b = a . c = b ." and the question which names
-    hold 47. Kept: definition before use, random gaps, recall over the names. Differs: RULER has one
-    chain, in order, and its prompt tells how many variables to name; here is a second chain as
-    distractor, and the number is not told."""
-    return chains("tracking", *args, hops=2, shuffled=False)
-
-
-def tracking4(*args):
-    """Variable tracking with RULER's 4 hops. Differs as tracking does, and the lines are shuffled,
-    so that no reading order helps."""
-    return chains("tracking4", *args, hops=4, shuffled=True)
 
 
 def resolve(rng, length, split, count):
@@ -284,8 +253,22 @@ def ask(sample, questions, rng):
             for key, value in asked]
 
 
-TASKS = {f.__name__: f for f in (single, multikey, multivalue, tracking, tracking4, resolve, common,
-                                 stories)}
+TASKS = {
+    # RULER niah_single. No distractor, so copying the only number scores 100: a smoke test.
+    "single": partial(needles, "single", n_keys=1, n_values=1),
+    # RULER niah_multikey_1: four keys, one is asked for.
+    "multikey": partial(needles, "multikey", n_keys=4, n_values=1),
+    # RULER niah_multivalue: all four values of one key. The three distractor keys are ours.
+    "multivalue": partial(needles, "multivalue", n_keys=4, n_values=4),
+    # RULER variable tracking: "a = 47 . b = a . c = b ." and the question which names hold 47.
+    # Differs: RULER has one chain and tells how many variables to name; here is a second chain as
+    # distractor, and the number is not told.
+    "tracking": partial(chains, "tracking", hops=2, shuffled=False),
+    # The same with RULER's 4 hops, and lines shuffled, so that no reading order helps.
+    "tracking4": partial(chains, "tracking4", hops=4, shuffled=True),
+    "resolve": resolve,
+    "common": common,
+    "stories": stories}
 # facts is for fast weights: no backbone is pretrained on it
 ALL_TASKS = {**TASKS, "facts": facts}
 
@@ -297,10 +280,8 @@ def make_samples(tasks, length, n, seed, split="train", count=count_words):
     samples = []
     while len(samples) < n:
         task = rng.choice(tasks)
-        try:
+        with suppress(LookupError):
             samples.append(ALL_TASKS.get(task, task)(rng, length, split, count))
-        except LookupError:
-            continue
     return samples
 
 
@@ -323,14 +304,9 @@ def token_counter(tokenizer, config):
     return count_words if config.family == "tiny" else lambda text: len(encode(tokenizer, text))
 
 
-def encode_sample(tokenizer, config, sample):
-    """A prompt's ids (L,), with an introduction for a model that was not trained on the tasks."""
-    intro = "" if config.family == "tiny" else INTRO
-    return torch.tensor(encode_prompt(tokenizer, config, intro + sample.prompt))
-
-
 def encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length):
-    """n evaluation samples and their prompts (1-D id tensors). ValueError if one is too long."""
+    """n evaluation samples and the ids of their prompts, with an introduction for a model that was
+    not trained on the tasks. ValueError if one is too long."""
     config = backbone.cfg
 
     def check(tokens):
@@ -340,28 +316,17 @@ def encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length):
     # first the nominal length, before a text of that length is made
     check(length)
     samples = make_samples(tasks, length, n, seed, "eval", token_counter(tokenizer, config))
-    prompts = [encode_sample(tokenizer, config, sample) for sample in samples]
-    check(max(len(prompt) for prompt in prompts))
+    intro = "" if config.family == "tiny" else INTRO
+    prompts = [encode_prompt(tokenizer, config, intro + sample.prompt) for sample in samples]
+    check(max(map(len, prompts)))
     return samples, prompts
 
 
-def batches(samples, prompts, length):
-    """Both in equal pieces, smaller ones for long texts."""
+def batches(length, *lists):
+    """Equal pieces of all lists, smaller ones for long texts."""
     size = max(1, 6400 // max(64, length))
-    for i in range(0, len(samples), size):
-        yield samples[i:i + size], prompts[i:i + size]
-
-
-def with_answers(backbone, tokenizer, samples, prompts, gen_length):
-    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
-    the place where the answers start."""
-    ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
-    answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
-    for row, sample in zip(answers, samples):
-        answer = encode(tokenizer, sample.answer)[:gen_length]
-        row[:len(answer)] = torch.tensor(answer)
-    attend = torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], dim=1)
-    return torch.cat([ids, answers], dim=1), attend, ids.shape[1]
+    for i in range(0, len(lists[0]), size):
+        yield [some[i:i + size] for some in lists]
 
 
 def recall(refs, output):
@@ -384,10 +349,20 @@ def scored(sample, ids, tokenizer, config, **columns):
     return {**columns, **asdict(sample), "output": output, "recall": found, "exact": exact}
 
 
-def append_jsonl(path, rows):
-    if path:
-        with open(path, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+def results(answers, total, tokenizer, config, out):
+    """The rows of all answers, one a sample, appended to the JSONL file `out` as they come.
+
+    answers: an iterable of (samples, ids (n, gen_length), {column: value}); total: their number."""
+    rows = []
+    with tqdm(total=total, desc="niah", unit="sample", leave=False) as bar:
+        for samples, ids, columns in answers:
+            new = [scored(s, row, tokenizer, config, **columns) for s, row in zip(samples, ids)]
+            if out:
+                with open(out, "a") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in new)
+            rows += new
+            bar.update(len(new))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,28 +373,22 @@ def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_l
     """Decode with every arm, in LLaDA's settings for these tasks: one block, temperature 0.
 
     steps: numbers of denoising steps, by default one per answer token. Returns rows {task, length,
-    steps, arm, depth, output, recall, exact, ...}, one a sample, and appends them to the JSONL file
-    `out` as they come. ValueError, before anything is decoded, where a text is too long."""
-    config = backbone.cfg
+    steps, arm, depth, output, recall, exact, ...}. ValueError, before anything is decoded, where a
+    text is too long."""
     gen_length = gen_length or answer_budget(tokenizer)
     steps = steps or [gen_length]
-    cells = {}
-    for length, task in product(sorted(lengths, reverse=True), tasks):
-        cells[task, length] = encoded_samples(backbone, tokenizer, [task], length, n, seed,
-                                              gen_length)
-    rows = []
-    total = len(cells) * len(arms) * len(steps) * n
-    with tqdm(total=total, desc="niah", unit="sample", leave=False) as bar:
+    # the longest first, so that one that does not fit is found at once
+    cells = {cell: encoded_samples(backbone, tokenizer, [cell[1]], cell[0], n, seed, gen_length)
+             for cell in product(sorted(lengths, reverse=True), tasks)}
+
+    def answers():
         for task, length, arm, passes in product(tasks, lengths, arms, steps):
-            for samples, prompts in batches(*cells[task, length], length):
+            for samples, prompts in batches(length, *cells[length, task]):
                 ids = generate(backbone, prompts, memory=arms[arm], gen_length=gen_length,
                                steps=passes, remasking="low_confidence")
-                new = [scored(sample, row, tokenizer, config, **columns, arm=arm, steps=passes,
-                              seed=seed) for sample, row in zip(samples, ids)]
-                append_jsonl(out, new)
-                rows += new
-                bar.update(len(new))
-    return rows
+                yield samples, ids, dict(columns, arm=arm, steps=passes, seed=seed)
+    total = len(cells) * len(arms) * len(steps) * n
+    return results(answers(), total, tokenizer, backbone.cfg, out)
 
 
 @torch.no_grad()
@@ -427,72 +396,31 @@ def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=Non
     """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the
     same, fully masked answer, then all tokens committed at once. A frozen model computes the same
     logits every time; with slots a pass can use the last one. Rows as evaluate's, steps = pass."""
-    config = backbone.cfg
     gen_length = gen_length or answer_budget(tokenizer)
     cells = {task: encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
              for task in tasks}
-    rows = []
-    for task, arm in product(tasks, arms):
-        for samples, prompts in batches(*cells[task], length):
-            steps = repeat(backbone, tokenizer, arms[arm], samples, prompts, passes, gen_length)
-            for number, (logits, _) in enumerate(steps, 1):
-                new = [scored(sample, ids, tokenizer, config, arm=arm, steps=number, seed=seed)
-                       for sample, ids in zip(samples, logits.argmax(-1).view(-1, gen_length))]
-                append_jsonl(out, new)
-                rows += new
-    return rows
+
+    def answers():
+        for task, arm in product(tasks, arms):
+            for samples, prompts in batches(length, *cells[task]):
+                steps = repeat(backbone, arms[arm], prompts, passes, gen_length)
+                for number, (ids, _) in enumerate(steps, 1):
+                    yield samples, ids, dict(arm=arm, steps=number, seed=seed)
+    total = len(cells) * len(arms) * passes * n
+    return results(answers(), total, tokenizer, backbone.cfg, out)
 
 
-def repeat(backbone, tokenizer, memory, samples, prompts, passes, gen_length):
-    """Passes over fully masked answers; yields logits (n gen_length, V) and the memory's state."""
-    x0, attend, start = with_answers(backbone, tokenizer, samples, prompts, gen_length)
-    xt = x0.clone()
-    xt[:, start:] = backbone.cfg.mask_id
+def repeat(backbone, memory, prompts, passes, gen_length):
+    """Passes over masked answers; yields the likeliest ids (n, gen_length), the memory's state."""
+    ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
+    start = ids.shape[1]
+    xt = F.pad(ids, (0, gen_length), value=backbone.cfg.mask_id)
+    attend = F.pad(attend, (0, gen_length), value=True)
     at = torch.arange(xt.shape[1], device=xt.device).expand_as(xt) >= start
     predict, state = memory(backbone, xt, attend, start)
     for _ in range(passes):
         logits, state = predict(xt, torch.ones(len(xt), device=xt.device), state, at)
-        yield logits, state
-
-
-@torch.no_grad()
-def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None):
-    """What do the slots hold? A linear read-out of resolve's answer from the slots after each pass.
-
-    Ridge regression onto the values, fitted on 4 n texts, scored on n others. Returns rows {arm,
-    hops, steps, recall}, one a text and pass."""
-    gen_length = gen_length or answer_budget(tokenizer)
-    samples, prompts = encoded_samples(backbone, tokenizer, ["resolve"], length, 5 * n, seed,
-                                       gen_length)
-    y = F.one_hot(torch.tensor([VALUES.index(sample.answer) for sample in samples])).double()
-    slots = []
-    for batch in batches(samples, prompts, length):
-        steps = repeat(backbone, tokenizer, memory, *batch, passes, gen_length)
-        # to the CPU first: Apple's MPS has no float64
-        slots.append(torch.stack([state[0].flatten(1).cpu().double() for _, state in steps]))
-    rows = []
-    for number, x in enumerate(torch.cat(slots, dim=1), 1):                 # (5 n, M S)
-        x = F.pad(x, (0, 1), value=1.0)
-        fit = x[n:]
-        w = torch.linalg.solve(fit.mT @ fit + torch.eye(x.shape[1]), fit.mT @ y[n:])
-        right = (x[:n] @ w).argmax(1) == y[:n].argmax(1)
-        rows += [dict(arm="probe", hops=sample.hops, steps=number, recall=float(ok))
-                 for sample, ok in zip(samples, right)]
-    return rows
-
-
-def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None):
-    """A table: exposure bias per step for every arm (memdlm.exposure_bias), all tasks mixed."""
-    gen_length = gen_length or answer_budget(tokenizer)
-    encoded = encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
-    x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
-    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
-    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
-    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
-    for arm, memory in arms.items():
-        for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
-            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
-    return "\n".join(lines)
+        yield logits.argmax(-1).view(-1, gen_length), state
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,14 +442,12 @@ def write_texts(backbone, tokenizer, samples, arm, inner):
     """The fast weights that an arm of the closed book answers with, a row for each sample."""
     if arm in ("none", "open"):
         return None
-    whole = arm in ("phi", "open+phi")
-    texts = [sample.prompt if whole else sample.context for sample in samples]
-    pad_id = backbone.cfg.pad_id
-    ids, attend = left_pad([encode(tokenizer, text) for text in texts], pad_id, backbone.device)
+    pad = (backbone.cfg.pad_id, backbone.device)
+    texts = [s.prompt if arm in ("phi", "open+phi") else s.context for s in samples]
+    ids, attend = left_pad([encode(tokenizer, text) for text in texts], *pad)
     targets = attend
     if arm == "uncovered":
-        answers = [encode(tokenizer, sample.answer) for sample in samples]
-        answers, _ = left_pad(answers, pad_id, backbone.device)
+        answers, _ = left_pad([encode(tokenizer, s.answer) for s in samples], *pad)
         targets = attend & ~(ids[:, :, None] == answers[:, None]).any(-1)
     if arm == "flipped":
         inner = replace(inner, inner_lr=-inner.inner_lr)
@@ -545,57 +471,27 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
     """Recall with the prompt hidden: the canvas holds the question and the answer, nothing else.
 
     n_facts, lengths: lists; length 0 = the facts alone. A length that the facts do not fit is left
-    out. Returns rows {arm, facts, length, recall, output, ...}, one a sample, and appends them to
-    the JSONL file `out` as they come."""
+    out. Returns rows {arm, facts, length, recall, output, ...}."""
     config = backbone.cfg
     gen_length = gen_length or answer_budget(tokenizer)
     count = token_counter(tokenizer, config)
-    rows = []
-    cells = list(product(lengths, n_facts))
-    with tqdm(total=len(cells) * len(arms) * n, desc="closed book", unit="sample",
-              leave=False) as bar:
-        for length, k in cells:
-            task = partial(facts, n=k)
-            samples = make_samples([task], length, n, f"{seed} {k} facts", "eval", count)
-            if length and max(count(sample.prompt) for sample in samples) > length:
-                # so many facts do not fit: their texts are longer than the column would say
-                bar.update(len(arms) * n)
-                continue
-            for arm, (part, _) in product(arms, list(batches(samples, samples, length))):
-                phi = write_texts(backbone, tokenizer, part, arm, inner)
-                shown = [s.prompt if arm.startswith("open") else s.question for s in part]
-                prompts = [torch.tensor(encode_prompt(tokenizer, config, text)) for text in shown]
+    cells = {}
+    for length, k in product(lengths, n_facts):
+        samples = make_samples([partial(facts, n=k)], length, n, f"{seed} {k} facts", "eval", count)
+        # where so many facts do not fit, the texts are longer than the column would say
+        if length == 0 or max(count(sample.prompt) for sample in samples) <= length:
+            cells[length, k] = samples
+
+    def answers():
+        for (length, k), arm in product(cells, arms):
+            for [samples] in batches(length, cells[length, k]):
+                phi = write_texts(backbone, tokenizer, samples, arm, inner)
+                shown = [s.prompt if arm.startswith("open") else s.question for s in samples]
+                prompts = [encode_prompt(tokenizer, config, text) for text in shown]
                 ids = generate(backbone, prompts, memory=written(phi), gen_length=gen_length,
                                remasking="low_confidence")
-                new = [scored(sample, row, tokenizer, config, arm=arm, facts=k, seed=seed)
-                       for sample, row in zip(part, ids)]
-                append_jsonl(out, new)
-                rows += new
-                bar.update(len(new))
-    return rows
-
-
-def closed_table(rows):
-    """Recall in % by facts and arm (down) and length (across). Two chances: any value at all, and
-    one of the values in the text, which a memory of the set without its keys would give."""
-    lengths = sorted({r["length"] for r in rows})
-    names = ["facts alone" if length == 0 else f"{length} tokens" for length in lengths]
-    lines = [f"{'facts':<7}{'arm':<11}" + "".join(f"{name:>14}" for name in names)
-             + f"{'any value':>12}{'1 / facts':>11}"]
-    groups = {}
-    for r in rows:
-        groups.setdefault((r["facts"], r["arm"]), []).append(r)
-    for (k, arm), group in groups.items():
-        line = f"{k:<7}{arm:<11}"
-        for length in lengths:
-            values = [r["recall"] for r in group if r["length"] == length]
-            if not values:
-                line += f"{'-':>14}"
-                continue
-            mean, half = interval(values)
-            line += f"{100 * mean:>8.1f} ±{100 * half:>4.1f}"
-        lines.append(line + f"{100 / len(VALUES):>12.1f}{100 / k:>11.1f}")
-    return "\n".join(lines)
+                yield samples, ids, dict(arm=arm, facts=k, seed=seed)
+    return results(answers(), len(cells) * len(arms) * n, tokenizer, config, out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -612,49 +508,48 @@ def interval(values):
     return x.mean().item(), z / (1 + z * z / n) * math.sqrt(spread)
 
 
-def table(rows, metric="recall", by="length"):
-    """Tasks x lengths (or by="steps": x forward passes), one line per task and arm: mean, and half
-    the 95 % interval over texts, in %."""
+def table(rows, metric="recall", by="length", down=("task", "arm"), short=False):
+    """A line for each pair of values of two columns (down), a column for each value of a third
+    (by): mean in %, and half the 95 % interval over texts; short: the mean alone."""
     columns = sorted({r[by] for r in rows})
-    head = f"{metric + ' by ' + by:<18}{'arm':<9}" + "".join(f"{c:>14}" for c in columns)
-    lines = [head + ("      chance" if metric == "recall" else "")]
+    width = 6 if short else 14
+
+    def cell(values):
+        if not values:
+            return "-"
+        mean, half = interval(values)
+        return f"{100 * mean:.0f}" if short else f"{100 * mean:.1f} ±{100 * half:>4.1f}"
     groups = {}
     for r in rows:
-        groups.setdefault((r["task"], r["arm"]), []).append(r)
-    for (task, arm), group in groups.items():
-        line = f"{task:<18}{arm:<9}"
-        for c in columns:
-            mean, half = interval([r[metric] for r in group if r[by] == c])
-            line += f"{100 * mean:>8.1f} ±{100 * half:>4.1f}"
-        if metric == "recall":
-            line += f"{100 * sum(r['chance'] for r in group) / len(group):>12.1f}"
-        lines.append(line)
-    return "\n".join(lines)
+        names = (f"{c} {r[c]}" if isinstance(r[c], int) else r[c] for c in down)
+        groups.setdefault(tuple(names), []).append(r)
+    lines = [(f"{metric} by {by}", down[1], columns, "chance")]
+    for names, group in groups.items():
+        cells = [cell([r[metric] for r in group if r[by] == c]) for c in columns]
+        chance = sum(r["chance"] for r in group) / len(group)
+        lines.append((*names, cells, f"{100 * chance:.1f}"))
+    with_chance = metric == "recall" and not short
+    return "\n".join(f"{first:<18}{second:<11}" + "".join(f"{c:>{width}}" for c in cells)
+                     + f"{chance:>12}" * with_chance for first, second, cells, chance in lines)
 
 
-def grid(rows, arm, down, across, colour):
-    """Recall of one arm, %, by depth or hops (down) and length or steps (across)."""
-    cells = {}
-    for r in rows:
-        name = r[down]
-        if down == "depth":
-            fifth = 20 * min(4, int(5 * name))
-            name = f"{fifth}-{fifth + 20} %"
-        if r["arm"] == arm:
-            cells.setdefault(name, {}).setdefault(r[across], []).append(r["recall"])
-    columns = sorted({c for row in cells.values() for c in row})
-    head = f"{down}, by {across}"
-    lines = [f"  {head:<18}" + "".join(f"{c:>5} " for c in columns) + f"  arm: {arm}"]
-    for name in sorted(cells):
-        line = f"  {name:<18}"
-        for c in columns:
-            values = cells[name].get(c)
-            mean = sum(values) / len(values) if values else 0
-            text = f"{100 * mean:5.0f} " if values else "    - "
-            shade = [196, 208, 226, 118, 46][min(4, int(mean * 5))] if values else 0
-            line += f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour else text
-        lines.append(line)
-    return "\n".join(lines)
+def finer_table(rows, by_steps):
+    """Where in the text, or behind how many hops? For each arm single and multikey by depth and
+    length, or (by_steps) resolve by hops and steps."""
+    tasks, down, by = ("single", "multikey"), "depth", "length"
+    if by_steps:
+        tasks, down, by = ("resolve",), "hops", "steps"
+    fifths = [f"{low}-{low + 20} %" for low in range(0, 100, 20)]
+    some = [dict(r, depth=fifths[min(4, int(5 * r["depth"]))]) for r in rows if r["task"] in tasks]
+    some.sort(key=lambda r: (r["arm"], r[down]))
+    return "\n" + table(some, by=by, down=("arm", down), short=True) if some else ""
+
+
+def closed_table(rows):
+    """The closed book's. Chance is 1 / facts, which a memory of the values without their keys would
+    give."""
+    return (f"{table(rows, down=('facts', 'arm'))}\nlength 0: the facts alone; chance: one of the "
+            f"values in the text (any value at all: {100 / len(VALUES):.1f})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -671,92 +566,55 @@ class Evaluation:
     gen_length: int = option(None, "answer tokens (default: enough for the longest answer)", 1)
     steps: tuple = option(None, "denoising steps (default: one per answer token)", 1)
     passes: int = option(None, "instead: recall after 1..PASSES passes over masked answers", 1)
-    exposure: bool = option(False, "instead: exposure bias per step, published and clean ratio")
-    probe: bool = option(False, "instead: can resolve's answer be read from MetaState's slots?")
-    closed_book: bool = option(False, "instead: recall with the prompt hidden; by --facts and "
-                               "--lengths (0 = the facts alone)")
+    closed_book: bool = option(False, "instead: recall with the prompt hidden; --lengths may be 0")
     facts: tuple = option((1, 2, 4, 8, 16, 24), "closed book: numbers of facts in a text", 1, 24)
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
-    metric: str = option("recall", "recall: RULER's and BABILong's; exact: order and number count",
-                         choices=("recall", "exact"))
-    out: str = option(None, "file of all rows (default: in CHECKPOINT niah.jsonl, passes.jsonl or "
-                      "closed_book.jsonl)")
+    metric: str = option("recall", "exact: order and number count", choices=("recall", "exact"))
+    out: str = option(None, "all rows (default: CHECKPOINT/niah, passes or closed_book.jsonl)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
-
-    @property
-    def by_steps(self):
-        return bool(self.passes) or len(self.steps or []) > 1
-
-
-def check_before_loading(how):
-    """What can be told without the model: ValueError or OSError; returns the file for the rows."""
-    if how.checkpoint is None:
-        raise ValueError("--checkpoint is needed")
-    if 0 in how.lengths and not how.closed_book:
-        raise ValueError("--lengths must be at least 1, not 0 (0 is for --closed_book: the facts "
-                         "alone)")
-    if (how.by_steps or how.exposure or how.probe) and len(how.lengths) > 1:
-        raise ValueError("--passes, --exposure, --probe and several --steps need one length, "
-                         "for example --lengths 64")
-    name = "closed_book.jsonl" if how.closed_book else "niah.jsonl"
-    if how.passes:
-        name = "passes.jsonl"
-    folder = Path(how.checkpoint)
-    out = Path(how.out or (folder / name if folder.is_dir() else name))
-    existed = out.exists()
-    try:
-        append_jsonl(out, [])
-    except OSError as e:
-        raise OSError(f"--out {out} cannot be written: {e.strerror}") from None
-    if not existed:
-        out.unlink()
-    return out
 
 
 def main():
     parser = ArgumentParser(description="Needle-in-a-haystack accuracy, memory off and on.")
     add_flags(parser, Evaluation)
     how = Evaluation(**given_flags(Evaluation, parser.parse_args()))
-    out = check_before_loading(how)
+    # 1. What can be told without the model
+    if how.checkpoint is None:
+        raise ValueError("--checkpoint is needed")
+    if 0 in how.lengths and not how.closed_book:
+        raise ValueError("--lengths must be at least 1, not 0 (--closed_book: 0 = the facts alone)")
+    by_steps = bool(how.passes) or len(how.steps or ()) > 1
+    if by_steps and len(how.lengths) > 1:
+        raise ValueError("--passes and several --steps need one length, for example --lengths 64")
+    name = "passes" if how.passes else "niah"
+    folder = Path(how.checkpoint) if Path(how.checkpoint).is_dir() else Path()
+    out = Path(how.out or folder / f"{'closed_book' if how.closed_book else name}.jsonl")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise OSError(f"--out {out} cannot be written: it must be a file, in a folder that exists")
+    # 2. The arms
     backbone, tokenizer, arms = load_arms(how.checkpoint, how.device)
-    if how.closed_book:
-        arms = dict(CLOSED_ARMS)
-    chosen = ["metastate"] if how.probe else how.arms or list(arms)
-    unknown = ", ".join(arm for arm in chosen if arm not in arms)
+    arms = CLOSED_ARMS if how.closed_book else arms
+    unknown = ", ".join(arm for arm in how.arms or () if arm not in arms)
     if unknown:
         raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {unknown}")
-    arms = {arm: arms[arm] for arm in chosen}
+    arms = {arm: arms[arm] for arm in how.arms or arms}
+    # 3. The rows, and a table of them
     model = (backbone, tokenizer)
-    length = how.lengths[0]
-    colour = sys.stdout.isatty()
+    texts = (how.n, how.seed)
     if how.closed_book:
         inner = inner_loop_settings(how.checkpoint)
-        rows = closed_book(*model, inner, arms, how.facts, how.lengths, how.n, how.seed, out,
-                           how.gen_length)
-        print(f"{closed_table(rows)}\n{how.n} texts a cell, 95 % intervals over texts; rows: {out}")
-        return
-    if how.exposure:
-        print(exposure(*model, arms, how.tasks, length, how.n, how.seed, how.gen_length))
-        return
-    if how.probe:
-        rows = probe(*model, arms["metastate"], length, how.n, how.seed, how.passes or BUDGET,
-                     how.gen_length)
-        print(grid(rows, "probe", "hops", "steps", colour))
-        return
-    if how.passes:
-        rows = recompute(*model, arms, how.tasks, length, how.n, how.seed, how.passes, out,
+        rows = closed_book(*model, inner, arms, how.facts, how.lengths, *texts, out, how.gen_length)
+        print(closed_table(rows))
+    elif how.passes:
+        rows = recompute(*model, arms, how.tasks, how.lengths[0], *texts, how.passes, out,
                          how.gen_length)
     else:
-        rows = evaluate(*model, arms, how.tasks, how.lengths, how.n, how.seed, out, how.gen_length,
+        rows = evaluate(*model, arms, how.tasks, how.lengths, *texts, out, how.gen_length,
                         how.steps, checkpoint=how.checkpoint)
-    # the table; below it, for each arm, resolve by hops and steps, or needles by depth and length
-    down, across = ("hops", "steps") if how.by_steps else ("depth", "length")
-    print(table(rows, how.metric, across))
-    tasks = ("resolve",) if how.by_steps else ("single", "multikey")
-    some = [r for r in rows if r["task"] in tasks]
-    for arm in arms if some else ():
-        print("\n" + grid(some, arm, down, across, colour))
-    print(f"\n{how.n} samples a cell, ± half the 95 % interval over texts; every output: {out}")
+    if not how.closed_book:
+        print(table(rows, how.metric, "steps" if by_steps else "length"))
+        print(finer_table(rows, by_steps))
+    print(f"\n{how.n} texts a cell, in %, ± half the 95 % interval over texts; every output: {out}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
   python test_all.py --bench                          times of both memories side by side, minutes
   python test_all.py --rows FILES --against "mdlm off"    one table over training seeds
+  python test_all.py --probe CHECKPOINT               can resolve's answer be read from the slots?
+  python test_all.py --slots CHECKPOINT               what happens when slots are exchanged or reset
+  python test_all.py --exposure CHECKPOINT            exposure bias of every arm
   python test_all.py --card --family llada            times and memory of a real size on this card
   python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
                                                       LLaDA-8B's (README, "Running the real models")
@@ -15,8 +18,10 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import glob
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -1413,25 +1418,6 @@ def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, fir
     assert set(memdlm.init_phi(model, [0], MEM)) == expected
 
 
-def blind(backbone, xt, attend, start):
-    """A predictor that ignores its context: every token is equally likely."""
-    def predict(xt, t, state, at):
-        return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
-    return predict, None
-
-
-def test_exposure_bias_is_one_while_nothing_is_revealed_and_not_one_later(model, batch):
-    rows = memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, sample.no_memory)
-    assert len(rows) == 6
-    assert rows[0]["published_ratio"] == rows[0]["clean_ratio"] == 1.0
-    assert any(abs(r["clean_ratio"] - 1) > 1e-3 for r in rows[1:])
-
-
-def test_exposure_bias_of_a_model_that_ignores_context_is_one_throughout(model, batch):
-    rows = memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 6, blind)
-    assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in rows)
-
-
 CLOSED = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.1, clip=0, masks=4, chunk=4,
                       inner_on="closed_book")
 
@@ -1588,19 +1574,6 @@ def test_two_prompts_have_two_random_starts_and_one_prompt_always_the_same(model
     for name, w in phi.items():
         assert not torch.equal(w.A[0], w.A[1])
         assert torch.equal(w.A[0], again[name].A[1])
-
-
-def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
-    seen = []
-
-    def counting(backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            seen.append(state)
-            return backbone(xt, attend, at), state + 1
-        return predict, 0
-    memdlm.exposure_bias(model, batch.x0, batch.given, batch.attend, 3, counting)
-    # static, clean and sequential start from the same state; only the last one is carried on
-    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_the_leaky_arm_is_the_inner_loop_of_training(model, batch):
@@ -1984,42 +1957,6 @@ def test_chance_is_what_a_guesser_gets_who_copies_a_value_from_the_text():
     assert abs(hits / 2000 - 0.25) < 4 * 0.5 / 2000 ** 0.5
 
 
-
-
-def telling(answers):
-    """A memory whose slots hold the next answer of each row."""
-    def memory(backbone, xt, attend, start):
-        told = torch.tensor([[int(next(answers).answer)] for _ in xt])              # (B, M)
-        slots = F.one_hot(told, 100).float()                                        # (B, M, S)
-
-        def predict(xt, t, state, at):
-            return None, (slots, {}, None)
-        return predict, None
-    return memory
-
-
-def silent(backbone, xt, attend, start):
-    """A memory whose slots hold nothing."""
-    def predict(xt, t, state, at):
-        return None, (torch.zeros(len(xt), 4, 8), {}, None)
-    return predict, None
-
-
-def probe_accuracy(memory):
-    model = load_backbone("tiny", "cpu")
-    rows = niah.probe(model, load_tokenizer("tiny"), memory, 32, 40, 3, 2)
-    return sum(r["recall"] for r in rows) / len(rows)
-
-
-def test_the_probe_finds_what_is_in_the_slots():
-    answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
-    assert probe_accuracy(telling(answers)) > 0.9
-
-
-def test_the_probe_finds_nothing_in_empty_slots():
-    assert probe_accuracy(silent) < 0.2
-
-
 def test_intervals_are_wilsons_near_zero_and_one():
     """Wilson's formula for k right of n; the normal approximation has width 0 at k = n."""
     for k, n in ((100, 100), (0, 100), (97, 100), (1, 1), (40, 80)):
@@ -2076,7 +2013,7 @@ def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, ca
         assert main_of(niah, common + argv) == 2
         assert message in capsys.readouterr().err
     # a text that fits alone but not with the introduction of a real model
-    monkeypatch.setattr(niah, "encode_sample", lambda tokenizer, config, s: torch.ones(97).long())
+    monkeypatch.setattr(niah, "encode_prompt", lambda tokenizer, config, text: [1] * 97)
     assert main_of(niah, common + ["--lengths", "64"]) == 2
     assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
     assert not calls and not list(Path().iterdir())
@@ -2101,7 +2038,7 @@ def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(he
 
 
 def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatch):
-    """On a real model --passes, --exposure and --probe read the prompt that decoding reads."""
+    """On a real model all measurements read the prompt that decoding reads."""
     model = random_backbone(vocab_size=400, family="llada")
     seen = []
 
@@ -2130,33 +2067,11 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
     arguments = (model, tokenizer, {"off": memory}, ["resolve"])
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
     niah.recompute(*arguments, 64, 1, 0, 2, gen_length=12)
-    niah.exposure(*arguments, 64, 1, 0, gen_length=12)
-    niah.probe(model, tokenizer, memory, 64, 1, 0, 2, gen_length=12)
+    exposure(*arguments, 64, 1, 0, gen_length=12)
+    probe(model, tokenizer, memory, 64, 1, 0, 2, gen_length=12)
     assert len(seen) >= 4
     for prompt, gen_length in seen:
         assert niah.INTRO in prompt and gen_length == 12
-
-
-def test_the_probe_works_on_a_device_without_float64(monkeypatch):
-    """Apple's MPS: only on the CPU may a tensor become float64."""
-    model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
-
-    class OnDevice:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def flatten(self, first):
-            return OnDevice(self.tensor.flatten(first))
-
-        def cpu(self):
-            return self.tensor
-
-    def memory(backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            return None, (OnDevice(torch.ones(len(xt), 2, 2)), {}, None)
-        return predict, None
-    assert len(niah.probe(model, tokenizer, memory, 32, 4, 3, 2)) == 8
 
 
 def closed_samples(n=6):
@@ -2195,15 +2110,15 @@ def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
     first = json.loads(out.read_text().splitlines()[0])
     assert {"arm", "facts", "length", "recall"} <= first.keys()
     table = niah.closed_table(rows).splitlines()
-    assert len(table) == 5
-    assert table[0].split()[-3:] == ["1", "/", "facts"]
+    assert [line.split()[1] for line in table[1:5]] == ["2", "2", "4", "4"]
+    assert [line.split()[-1] for line in table[1:5]] == ["50.0", "50.0", "25.0", "25.0"]
 
 
 def test_a_length_that_so_many_facts_do_not_fit_is_left_out():
     model = load_backbone("tiny", "cpu")
     rows = niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none"], [4, 16], [0, 40], 2, 0)
     assert {(r["facts"], r["length"]) for r in rows} == {(4, 0), (4, 40), (16, 0)}
-    assert niah.closed_table(rows).splitlines()[2].split()[4] == "-"
+    assert niah.closed_table(rows).splitlines()[2].split()[-2] == "-"
 
 
 def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
@@ -2979,8 +2894,8 @@ def shortened(command):
         while stop < len(argv) and not argv[stop].startswith("--"):
             stop += 1
         argv[start:stop] = ["64"]
-    if "--probe" in argv:
-        argv += ["--passes", "2"]
+    if script == "test_all.py" and argv[0] in ("--probe", "--slots", "--exposure"):
+        argv += ["--n", "2"]
     # The shell would have expanded file patterns.
     files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
     argv = [a for some in files for a in some]
@@ -2988,7 +2903,7 @@ def shortened(command):
 
 
 def test_every_command_of_the_readme_runs(here):
-    """But for the measurements by hand, of which --rows alone takes no time."""
+    """But for the measurements by hand that take minutes."""
     commands = readme_commands()
     assert len(commands) >= 10
     write_data("train.jsonl", 12)
@@ -2997,7 +2912,7 @@ def test_every_command_of_the_readme_runs(here):
             "backbone.py": bb.check, "test_all.py": by_hand}
     for command in commands:
         script, argv = shortened(command)
-        if script == "test_all.py" and argv[0] != "--rows":
+        if script == "test_all.py" and argv[0] in ("--bench", "--card", "--full-size"):
             continue
         sys.argv = [script, *argv]
         main[script]()
@@ -3625,12 +3540,17 @@ def rows_main(argv):
           "≈ the whole interval lies within one point of zero")
 
 
+def append_rows(path, rows):
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def saved_run(folder, values):
     """A JSONL file as niah.py writes it: one text for each value."""
     folder.mkdir(exist_ok=True)
     same = dict(task="single", arm="off", length=64, steps=6, seed=1)
     rows = [dict(same, prompt=f"text {i}", recall=v) for i, v in enumerate(values)]
-    niah.append_jsonl(folder / "niah.jsonl", rows)
+    append_rows(folder / "niah.jsonl", rows)
     return folder / "niah.jsonl"
 
 
@@ -3688,7 +3608,423 @@ def test_one_seed_has_an_interval_over_texts_and_one_text_has_none(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Which measurement.
+# 12. By hand: what a memory holds. `python test_all.py --probe | --slots | --exposure CHECKPOINT`
+
+def measurement(argv, **defaults):
+    """`--WHAT CHECKPOINT` and a flag for every default -> the values, and what load_arms gives."""
+    parser = argparse.ArgumentParser(prog="test_all.py")
+    parser.add_argument(argv[0], dest="checkpoint", metavar="CHECKPOINT", required=True)
+    for name, default in defaults.items():
+        if name == "tasks":
+            parser.add_argument("--tasks", nargs="+", default=default, choices=default)
+        else:
+            parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    for name in set(defaults) - {"tasks", "seed"}:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    backbone, tokenizer, arms = sample.load_arms(args.checkpoint)
+    if argv[0] != "--exposure" and "metastate" not in arms:
+        raise ValueError(f"{args.checkpoint} has no slots: its arms are {', '.join(arms)}")
+    return args, backbone, tokenizer, arms
+
+
+@torch.no_grad()
+def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None):
+    """What do the slots hold? A linear read-out of resolve's answer from the slots after each pass.
+
+    Ridge regression onto the values, fitted on 4 n texts, scored on n others. Returns rows {arm,
+    hops, steps, recall}, one a text and pass."""
+    gen_length = gen_length or niah.answer_budget(tokenizer)
+    samples, prompts = niah.encoded_samples(backbone, tokenizer, ["resolve"], length, 5 * n, seed,
+                                            gen_length)
+    values = torch.tensor([niah.VALUES.index(s.answer) for s in samples])
+    y = F.one_hot(values).double()
+    slots = []
+    for [some] in niah.batches(length, prompts):
+        steps = niah.repeat(backbone, memory, some, passes, gen_length)
+        # to the CPU first: Apple's MPS has no float64
+        slots.append(torch.stack([state[0].flatten(1).cpu().double() for _, state in steps]))
+    rows = []
+    for number, x in enumerate(torch.cat(slots, dim=1), 1):                     # (5 n, M S)
+        x = F.pad(x, (0, 1), value=1.0)
+        fit = x[n:]
+        w = torch.linalg.solve(fit.mT @ fit + torch.eye(x.shape[1]), fit.mT @ y[n:])
+        right = (x[:n] @ w).argmax(1) == values[:n]
+        rows += [dict(arm="probe", hops=s.hops, steps=number, recall=float(ok), chance=s.chance)
+                 for s, ok in zip(samples, right)]
+    return sorted(rows, key=lambda r: r["hops"])
+
+
+def probe_main(argv):
+    """Recall in % of the read-out, by hops and passes."""
+    args, backbone, tokenizer, arms = measurement(argv, length=64, n=100, seed=1, passes=6)
+    rows = probe(backbone, tokenizer, arms["metastate"], args.length, args.n, args.seed,
+                 args.passes)
+    print(niah.table(rows, by="steps", down=("arm", "hops"), short=True))
+
+
+# Whose slots a text of resolve gets. The answer of a twin is the other value of the same text.
+DONORS = {"question": "a twin: the same text, asked for the end of its other chain",
+          "values": "a twin: the same text with its two values exchanged",
+          "text": "another text of equally many hops"}
+
+
+def resolve_text(hops, twin, *args):
+    """A text of resolve with that many hops, or its twin (a key of DONORS)."""
+    s = niah.chains("resolve", *args, hops=hops, shuffled=True, direct=True)
+    if twin not in ("question", "values"):
+        return s
+    pairs = pairs_in(s.prompt)
+    other = next(right for _, right in pairs if right.isdigit() and right != s.answer)
+    if twin == "question":
+        ends = {left for left, _ in pairs} - {right for _, right in pairs}
+        prompt = f"{s.context} ? {(ends - set(s.question.split())).pop()} is"
+    else:
+        swap = {s.answer: other, other: s.answer}
+        prompt = " ".join(swap.get(word, word) for word in s.prompt.split())
+    return dataclasses.replace(s, prompt=prompt, answer=other, refs=[other])
+
+
+def exchange(state, first):
+    """The two halves of a batch get each other's slots."""
+    slots, *others = state
+    return (slots.roll(len(slots) // 2, 0), *others)
+
+
+def put_back(state, first):
+    """Slots as they were before the first pass."""
+    return first
+
+
+def disturbed(memory, after, change):
+    """The memory with its state changed once, behind pass number `after` (0 = never)."""
+    def changed_memory(backbone, xt, attend, start):
+        predict, first = memory(backbone, xt, attend, start)
+        numbers = iter(range(1, 10 ** 6))
+
+        def changed(xt, t, state, at):
+            logits, state = predict(xt, t, state, at)
+            return logits, change(state, first) if next(numbers) == after else state
+        return changed, first
+    return changed_memory
+
+
+@torch.no_grad()
+def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None, length=64):
+    """What do the slots cause? resolve with 1 to 4 hops; once, behind pass `after`, the state is
+    changed, and the passes go on with the own prompt in view. After 0: never changed.
+
+    exchange ...: the slots of another text, the donor, take the place of the own ones. Slots are
+    bound to places, counted from the answer, so a donor must have the same layout for anything but
+    what lies at the question to make sense. Hence the twins, which differ from the text in one
+    respect, and so tell what is carried: a walk that goes up from the asked name follows a donor
+    with another question and not one with other values; values that come down the chain follow the
+    donor with other values and not the one with another question. What follows an unrelated text
+    holds the answer itself: its answer stands nowhere in the own prompt.
+    reset: slots are put back to s_0. If nothing else is carried from pass to pass, recall after
+    pass s is that after pass s - after of an undisturbed run: h hops need after + h + 1 passes.
+
+    Returns rows {table, hops, after, steps, recall, follows: own, donor or neither, ...} for the
+    passes behind the change, and appends them to the JSONL file `out` as they come. A pair of
+    texts with one answer is left out."""
+    gen_length = niah.answer_budget(tokenizer)
+    rows = []
+
+    def texts(hops, twin, seed):
+        task = functools.partial(resolve_text, hops, twin)
+        return niah.encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
+    for kind, hops, after in itertools.product((*DONORS, "reset"), range(1, 5), range(passes)):
+        own = texts(hops, None, seed)
+        donor = texts(hops, kind, seed + 1 if kind == "text" else seed)
+        changed = disturbed(memory, after, put_back if kind == "reset" else exchange)
+        columns = dict(table=kind if kind == "reset" else f"exchange {kind}", after=after)
+        new = []
+        for samples, prompts, donors, theirs in niah.batches(length, *own, *donor):
+            steps = niah.repeat(backbone, changed, prompts + theirs, passes, gen_length)
+            for number, (ids, _) in list(enumerate(steps, 1))[after:]:
+                for s, d, row in zip(samples, donors, ids):
+                    r = niah.scored(s, row, tokenizer, backbone.cfg, **columns, steps=number)
+                    r["follows"] = "own" if r["recall"] else "neither"
+                    if not r["recall"] and niah.recall(d.refs, r["output"]):
+                        r["follows"] = "donor"
+                    if kind == "reset" or s.answer != d.answer:
+                        new.append(r)
+        if out:
+            append_rows(out, new)
+        rows += new
+    return rows
+
+
+def share(rows, hops, after, steps):
+    """"donor / own / neither" in % of one cell."""
+    got = [r["follows"] for r in rows
+           if (r["hops"], r["after"], r["steps"]) == (hops, after, steps)]
+    return "/".join(f"{100 * got.count(name) / len(got):.0f}"
+                    for name in ("donor", "own", "neither")) if got else "-"
+
+
+def slots_table(rows, passes):
+    """Exchanges at the first pass behind them at which an undisturbed question is answered
+    (h hops: pass h + 1), because it shows what was carried, and at the last pass, when what was
+    carried has met the own prompt again and again; the reset at the last pass."""
+    lines = []
+    for donor, what in DONORS.items():
+        some = [r for r in rows if r["table"] == f"exchange {donor}"]
+        lines += [f"slots exchanged with {what}: % donor's answer / own / neither"]
+        for title in ("first answer", "last pass"):
+            lines += [f"{title + ', after':<20}" + "".join(f"{p:>12}" for p in range(passes))]
+            for hops in range(1, 5):
+                when = [passes if title == "last pass" else max(p, hops) + 1 for p in range(passes)]
+                cells = [share(some, hops, p, steps) for p, steps in enumerate(when)]
+                lines += [f"  hops {hops:<13}" + "".join(f"{c:>12}" for c in cells)]
+    last = [r for r in rows if r["table"] == "reset" and r["steps"] == passes]
+    lines += [f"slots put back to s_0 once behind a pass: % right after {passes} passes",
+              niah.table(last, by="after", down=("table", "hops"), short=True)]
+    return "\n".join(lines)
+
+
+def slots_main(argv):
+    """Prints the tables of slot_rows; every row in slots.jsonl beside the checkpoint."""
+    args, backbone, tokenizer, arms = measurement(argv, n=200, seed=1000, passes=6)
+    out = Path(args.checkpoint) / "slots.jsonl"
+    rows = slot_rows(backbone, tokenizer, arms["metastate"], args.n, args.seed, args.passes, out)
+    print(f"{slots_table(rows, args.passes)}\n{args.n} texts a cell; after 0: undisturbed; "
+          f"every row: {out}")
+
+
+@torch.no_grad()
+def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
+    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
+    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
+
+    sequential: still masked after denoising down to this ratio with its own, surest tokens.
+    static: equally many random positions masked, the rest ground truth; the paper's ratio is
+        sequential / static.
+    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
+    (ours). All three start from the memory that the sequential run has left. The response must
+    stand at the end of every row."""
+    mask_id = backbone.cfg.mask_id
+    n = (~given).sum(1)                                                                 # (B,)
+    xt = x0.masked_fill(~given, mask_id)
+    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
+    u = u.to(x0.device).masked_fill(given, 2.0)
+    predict, state = memory(backbone, xt, attend, bb.answer_start(given))
+    rows = []
+
+    def measure(xt, masked):
+        logits, new_state = predict(xt, masked.sum(1) / n, state, masked)
+        return F.cross_entropy(logits.float(), x0[masked]).item(), logits, new_state
+    for step in range(steps):
+        masked = (xt == mask_id) & ~given
+        at_random = bb.smallest(u, masked.sum(1))
+        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
+        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
+        sequential, logits, state = measure(xt, masked)
+        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
+                         clean=clean, published_ratio=sequential / static,
+                         clean_ratio=sequential / clean))
+        p, token = logits.float().softmax(-1).max(-1)
+        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
+        masks_left = (n * (1 - (step + 1) / steps)).round()
+        reveal = bb.smallest(unsure, masked.sum(1) - masks_left)
+        xt = torch.where(reveal, torch.zeros_like(xt).masked_scatter(masked, token), xt)
+    return rows
+
+
+def with_answers(backbone, tokenizer, samples, prompts, gen_length):
+    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
+    the place where the answers start."""
+    ids, attend = sample.left_pad(prompts, backbone.cfg.pad_id, backbone.device)
+    answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
+    for row, s in zip(answers, samples):
+        answer = bb.encode(tokenizer, s.answer)[:gen_length]
+        row[:len(answer)] = torch.tensor(answer)
+    attend = torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], dim=1)
+    return torch.cat([ids, answers], dim=1), attend, ids.shape[1]
+
+
+def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None):
+    """A table: exposure bias per step for every arm, all tasks mixed."""
+    gen_length = gen_length or niah.answer_budget(tokenizer)
+    encoded = niah.encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
+    x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
+    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
+    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
+    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
+    for arm, memory in arms.items():
+        for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
+            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
+    return "\n".join(lines)
+
+
+def exposure_main(argv):
+    """Exposure bias per step: the published ratio and the clean one."""
+    args, *model = measurement(argv, tasks=list(niah.TASKS), length=64, n=100, seed=1,
+                               gen_length=None)
+    print(exposure(*model, args.tasks, args.length, args.n, args.seed, args.gen_length))
+
+
+def no_logits(at):
+    return torch.zeros(int(at.sum()), 139)                                          # (N, V)
+
+
+def telling(answers):
+    """A memory whose slots hold the next answer of each row."""
+    def memory(backbone, xt, attend, start):
+        told = torch.tensor([[int(next(answers).answer)] for _ in xt])              # (B, M)
+        slots = F.one_hot(told, 100).float()                                        # (B, M, S)
+
+        def predict(xt, t, state, at):
+            return no_logits(at), (slots, {}, None)
+        return predict, None
+    return memory
+
+
+def silent(backbone, xt, attend, start):
+    """A memory whose slots hold nothing."""
+    def predict(xt, t, state, at):
+        return no_logits(at), (torch.zeros(len(xt), 4, 8), {}, None)
+    return predict, None
+
+
+def probe_accuracy(memory):
+    model = load_backbone("tiny", "cpu")
+    rows = probe(model, load_tokenizer("tiny"), memory, 32, 40, 3, 2)
+    return sum(r["recall"] for r in rows) / len(rows)
+
+
+def test_the_probe_finds_what_is_in_the_slots():
+    answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
+    assert probe_accuracy(telling(answers)) > 0.9
+
+
+def test_the_probe_finds_nothing_in_empty_slots():
+    assert probe_accuracy(silent) < 0.2
+
+
+def test_the_probe_works_on_a_device_without_float64(monkeypatch):
+    """Apple's MPS: only on the CPU may a tensor become float64."""
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
+
+    class OnDevice:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def flatten(self, first):
+            return OnDevice(self.tensor.flatten(first))
+
+        def cpu(self):
+            return self.tensor
+
+    def memory(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            return no_logits(at), (OnDevice(torch.ones(len(xt), 2, 2)), {}, None)
+        return predict, None
+    assert len(probe(model, tokenizer, memory, 32, 4, 3, 2)) == 8
+
+
+def walker(remembers=True):
+    """A memory that goes one line up the chain at every pass and answers with where it is. Its slot
+    holds the word it has reached; with remembers=False it starts from the asked name every time."""
+    tokenizer = load_tokenizer("tiny")
+
+    def memory(backbone, xt, attend, start):
+        texts = [tokenizer.decode(row[:start]) for row in xt]
+        holds = [dict(pairs_in(text)) for text in texts]
+        asked = tokenizer.encode(" ".join(text.split()[-2] for text in texts))
+
+        def predict(xt, t, state, at):
+            ids = state[0].flatten().tolist() if state and remembers else asked
+            words = [h.get(word, word) for h, word in zip(holds, tokenizer.decode(ids).split())]
+            slots = torch.tensor(tokenizer.encode(" ".join(words)))[:, None, None]  # (B, 1, 1)
+            answer = torch.full((len(xt), xt.shape[1] - start), backbone.cfg.eos_id)
+            answer[:, 0] = slots.flatten()
+            logits = F.one_hot(answer.flatten(), backbone.cfg.vocab_size).float()
+            return logits, (slots, None, None)
+        return predict, None
+    return memory
+
+
+def slot_shares(memory):
+    """{(table, hops, after): the share of rows that follow own, donor} at the last of 5 passes."""
+    rows = slot_rows(load_backbone("tiny", "cpu"), load_tokenizer("tiny"), memory, 8, 3, 5)
+    found = {}
+    for r in rows:
+        if r["steps"] == 5:
+            found.setdefault((r["table"], r["hops"], r["after"]), []).append(r["follows"])
+    return {cell: (got.count("own") / len(got), got.count("donor") / len(got))
+            for cell, got in found.items()}
+
+
+def test_exchanged_slots_tell_a_walk_from_the_question_from_values_that_come_down_a_chain():
+    shares = slot_shares(walker())
+    for hops, after in itertools.product(range(1, 5), range(1, 5)):
+        assert shares["exchange question", hops, after] == (0, 1)
+        # a walk has not met a value before pass h + 1
+        assert shares["exchange values", hops, after] == ((1, 0) if after <= hops else (0, 1))
+        assert shares["exchange text", hops, after][1] == (after > hops)
+
+
+def test_exchanged_slots_change_nothing_where_nothing_is_carried():
+    shares = slot_shares(walker(remembers=False))
+    for (table, hops, after), share in shares.items():
+        assert share == shares[table, hops, 0] == (0, 0)
+
+
+def test_slots_put_back_once_delay_a_walk_by_the_passes_before_and_a_memoryless_one_not_at_all():
+    for memory, late in ((walker(), True), (walker(remembers=False), False)):
+        shares = slot_shares(memory)
+        for hops, after in itertools.product(range(1, 5), range(5)):
+            assert shares["reset", hops, after][0] == (late and after + hops + 1 <= 5)
+
+
+def test_the_tables_of_the_slots_show_shares_of_donor_own_and_neither(tmp_path):
+    rows = slot_rows(load_backbone("tiny", "cpu"), load_tokenizer("tiny"), walker(), 4, 3, 3,
+                     tmp_path / "slots.jsonl")
+    assert len(rows) == len((tmp_path / "slots.jsonl").read_text().splitlines())
+    lines = [line.split() for line in slots_table(rows, 3).splitlines()]
+    assert lines[2] == ["hops", "1", "0/100/0", "100/0/0", "100/0/0"]
+    assert lines[4] == ["hops", "3", "-", "-", "-"]
+    assert lines[-4] == ["reset", "hops", "1", "100", "100", "0"]
+
+
+def blind(backbone, xt, attend, start):
+    """A predictor that ignores its context: every token is equally likely."""
+    def predict(xt, t, state, at):
+        return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
+    return predict, None
+
+
+def test_exposure_bias_is_one_while_nothing_is_revealed_and_not_one_later(model, batch):
+    rows = exposure_bias(model, batch.x0, batch.given, batch.attend, 6, sample.no_memory)
+    assert len(rows) == 6
+    assert rows[0]["published_ratio"] == rows[0]["clean_ratio"] == 1.0
+    assert any(abs(r["clean_ratio"] - 1) > 1e-3 for r in rows[1:])
+
+
+def test_exposure_bias_of_a_model_that_ignores_context_is_one_throughout(model, batch):
+    rows = exposure_bias(model, batch.x0, batch.given, batch.attend, 6, blind)
+    assert all(r["published_ratio"] == r["clean_ratio"] == 1.0 for r in rows)
+
+
+def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
+    seen = []
+
+    def counting(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            seen.append(state)
+            return backbone(xt, attend, at), state + 1
+        return predict, 0
+    exposure_bias(model, batch.x0, batch.given, batch.attend, 3, counting)
+    # static, clean and sequential start from the same state; only the last one is carried on
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Which measurement.
 
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
@@ -3699,10 +4035,14 @@ def by_hand():
         bench()
     elif what == "--rows":
         rows_main([what, *argv])
+    elif what in ("--probe", "--slots", "--exposure"):
+        main = dict(probe=probe_main, slots=slots_main, exposure=exposure_main)[what[2:]]
+        main([what, *argv])
     elif what == "--full-size" and len(argv) == 1:
         write_full_size(Path(argv[0]))
     else:
-        raise ValueError("python test_all.py --card | --bench | --rows FILES | --full-size DIR; "
+        raise ValueError("python test_all.py --card | --bench | --rows FILES | --full-size DIR | "
+                         "--probe, --slots, --exposure CHECKPOINT; "
                          "the tests themselves: python -m pytest -q test_all.py")
 
 
