@@ -1,5 +1,4 @@
-"""One bidirectional transformer for every masked-diffusion LM here: the tiny default, LLaDA-8B,
-Dream-7B, LLaDA-MoE-7B.
+"""One bidirectional transformer for the tiny default, LLaDA-8B, Dream-7B and LLaDA-MoE-7B.
 
 Papers: MDLM (arXiv 2406.07524) and LLaDA (2502.09992): the forward process and its loss. MetaState
 (2603.01331) and MemDLM (2603.22241) need what stands here: a backbone that runs slice by slice.
@@ -42,8 +41,7 @@ from tqdm import tqdm
 # 1. Configuration.
 
 def option(default, text, low=None, high=math.inf, choices=None, repr=True, **more):
-    """A field of a configuration: its default (MISSING: none), its meaning, and its allowed values,
-    which section 5 checks (high counts only beside low)."""
+    """A field of a configuration: default (MISSING: none), --help text, and what section 5 allows."""
     metadata = dict(help=text, low=low, high=high, choices=choices, **more)
     return dataclasses.field(default=default, repr=repr, metadata=metadata)
 
@@ -200,13 +198,11 @@ class Attention(nn.Module):
         k = self.k(x).view(B, L, cfg.n_kv_heads, cfg.head_dim)
         v = self.v(x).view(B, L, cfg.n_kv_heads, cfg.head_dim).transpose(1, 2)
         if cfg.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)  # (B, H, L, d)
         k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)
-        if cfg.n_kv_heads < cfg.n_heads:  # one for n_heads / n_kv_heads heads of q in a row
-            k = k.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1)
-            v = v.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1)
+        if cfg.n_kv_heads < cfg.n_heads:  # each serves n_heads / n_kv_heads heads of q in a row
+            k, v = (x.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1) for x in (k, v))
         mask = None if ctx.attend is None else ctx.attend[:, None, None]  # (B, 1, 1, L)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(y.transpose(1, 2).reshape(B, L, -1))
@@ -237,12 +233,10 @@ class MixtureFFN(nn.Module):
         self.experts = nn.ModuleList(FFN(cfg.d_model, cfg.d_ff) for _ in range(cfg.n_experts))
 
     def forward(self, x, phi=None, name=""):  # (B, L, D)
-        if phi and x.shape[0] > 1:  # each row owns its experts' fast weights
-            rows = []
-            for b in range(x.shape[0]):
-                own = {k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()}
-                rows.append(self.forward(x[b:b + 1], own, name))
-            return torch.cat(rows)
+        if phi and len(x) > 1:  # an expert sees tokens of all rows, but each row has its own phi
+            own = [{k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()}
+                   for b in range(len(x))]
+            return torch.cat([self(x[b:b + 1], own[b], name) for b in range(len(x))])
         flat = x.reshape(-1, x.shape[-1])  # (B L, D)
         probs = F.softmax(self.router(flat), dim=-1, dtype=torch.float32)  # (B L, experts)
         weight, chosen = probs.topk(self.top, dim=-1)
@@ -309,9 +303,8 @@ class Backbone(nn.Module):
         even = torch.arange(0, cfg.head_dim, 2, device=ids.device).float()
         angles = positions[..., None].float() * (1.0 / cfg.rope_theta ** (even / cfg.head_dim))
         angles = torch.cat([angles, angles], dim=-1)[:, None]  # (1 or B, 1, L, d)
-        source = None
-        if cfg.shift:  # the first real token reads its own position
-            source = (index - (positions > 0).long()).expand(ids.shape)
+        # the first real token has none before it and is read at its own position
+        source = (index - (positions > 0).long()).expand(ids.shape) if cfg.shift else None
         return Context(angles.cos(), angles.sin(), attend, source)
 
     def embed(self, ids):
@@ -343,8 +336,8 @@ class Backbone(nn.Module):
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
             elif name.endswith("conv"):
-                # in the residual stream, neighbours must be heard beside a token's own embedding:
-                # with the smaller bound, binding values to keys takes about three times as long
+                # in the residual stream it must be heard beside a token's own embedding: with the
+                # smaller bound, binding values to keys takes about three times as long
                 bound = (4 if self.cfg.conv_residual else 1) * p.shape[0] ** -0.5
                 p.uniform_(-bound, bound, generator=generator)
             elif "embed" in name:
@@ -449,8 +442,7 @@ def check_value(rule, value, name):
 
 
 def validate(config, where="--"):
-    """A dataclass whose fields were all checked. ValueError names the first wrong one, after
-    `where`: "--" for a flag, "FILE: " for an entry of a file."""
+    """A dataclass, all its fields checked. ValueError names the first wrong one after `where`."""
     for rule in dataclasses.fields(config):
         check_value(rule, getattr(config, rule.name), where + rule.name)
     return config
@@ -458,8 +450,8 @@ def validate(config, where="--"):
 
 def config_from_dict(cls, raw, where, entry_names=None):
     """A JSON object -> a checked dataclass; entries that are missing take their defaults.
-    ValueError names the file, `where`, and the entry that is unknown, missing or wrong (as in
-    entry_names, {field: name in the file}, where they differ)."""
+    ValueError names the file, `where`, and the entry that is unknown, missing or wrong
+    (entry_names: {field: its name in the file}, where they differ)."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
     rules = {rule.name: rule for rule in dataclasses.fields(cls)}
@@ -479,8 +471,7 @@ def config_from_dict(cls, raw, where, entry_names=None):
 
 
 def add_flags(parser, cls, defaults=True):
-    """One flag for every field of a dataclass. defaults: False = a flag that is not given is None,
-    where the default depends on what is loaded."""
+    """A flag for every field of a dataclass. defaults=False: None where a flag is not given."""
     for rule in dataclasses.fields(cls):
         text, default = rule.metadata["help"].replace("%", "%%"), rule.default if defaults else None
         more = dict(type=ITEMS.get(rule.type, rule.type), choices=rule.metadata["choices"])
@@ -578,13 +569,13 @@ def family_of(raw, where):
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
     if names[0] not in list(FAMILIES):
-        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: "
-                         f"{', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: {known}")
     return FAMILIES[names[0]]
 
 
 def config_from_json(raw, where="config.json"):
-    """config.json (a dict), official or ours -> BackboneConfig. ValueError names a wrong entry."""
+    """config.json, official or ours -> BackboneConfig. ValueError names the entry to blame."""
     family = family_of(raw, where)
     if family is None:
         return config_from_dict(BackboneConfig, raw.get("backbone"), f"{where}: backbone")
@@ -616,8 +607,8 @@ def config_from_json(raw, where="config.json"):
 
 def load_backbone(name_or_path, device=None, dtype=None):
     """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
-    checkpoint (hub name or folder), or a folder with an adapter in PEFT's format (its base is
-    loaded first). Returns a Backbone in eval mode; raises FileNotFoundError or ValueError.
+    checkpoint (hub name or folder), or an adapter in PEFT's format, for which the base is loaded
+    first -> Backbone in eval mode. Raises FileNotFoundError or ValueError.
 
     device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's."""
     device = default_device(device)
@@ -630,17 +621,18 @@ def load_backbone(name_or_path, device=None, dtype=None):
     cfg.chat = cfg.chat or bool(re.search(r"Instruct|Chat|LLaDA-1\.5", str(name_or_path)))
     with torch.device("meta"):
         model = Backbone(cfg)
-    return load_weights(model, folder, device, dtype).eval()
-
-
-def load_weights(model, folder, device, dtype):
-    """Fill a model that lies on `meta` shard by shard: each tensor goes straight to its place.
-    On the CPU in the checkpoint's own dtype (dtype=None) tensors stay views of the mapped files.
-
-    ValueError names tensors that are missing, unexpected, misshapen or not float before any weight
-    is read, then NaN or infinity in a tensor that no checksum of ours protects."""
-    names = {official_name(n, model.cfg.family): n for n, _ in model.named_parameters()}
+    names = {official_name(n, cfg.family): n for n, _ in model.named_parameters()}
     shards = [open_shard(folder / file, device) for file in shard_files(folder)]
+    return load_weights(model, names, shards, folder, dtype).eval()
+
+
+def load_weights(model, names, shards, where, dtype=None):
+    """names: {key in the files: parameter}. A model on `meta` is filled tensor by tensor, each goes
+    straight to its place. On the CPU with dtype=None (as in the files) they stay views of the
+    mapped files.
+
+    ValueError names keys that are missing, unexpected, misshapen or not float before any weight is
+    read, then NaN or infinity in a tensor that no checksum of ours protects."""
     home = {key: shard for shard in shards for key in shard.keys()}
     problems = [f"missing {key}" for key in sorted(names.keys() - home.keys())]
     problems += [f"unexpected {key}" for key in sorted(home.keys() - names.keys())]
@@ -657,7 +649,7 @@ def load_weights(model, folder, device, dtype):
         elif dtype is None:  # the first tensor decides for the rest
             kinds = {kind}
     if problems:
-        raise ValueError(f"{folder}: the weights do not fit {model.cfg.family} config.json "
+        raise ValueError(f"{where}: the weights do not fit the {model.cfg.family} config "
                          f"({len(problems)} problems): {'; '.join(problems[:5])}")
     title = f"loading {len(shards)} files"
     for key, shard in tqdm(home.items(), title, unit="tensor", disable=len(shards) == 1):
@@ -665,10 +657,9 @@ def load_weights(model, folder, device, dtype):
         trusted = "crc32" in (shard.metadata() or {})
         # aminmax passes on NaN; one pass and no copy, so 16 GB take seconds
         if not trusted and not torch.stack(value.aminmax()).isfinite().all():
-            raise ValueError(f"{folder}: {key} holds NaN or infinity")
+            raise ValueError(f"{where}: {key} holds NaN or infinity")
         module, _, attribute = names[key].rpartition(".")
-        parameter = nn.Parameter(value, requires_grad=False)
-        setattr(model.get_submodule(module), attribute, parameter)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
     return model
 
 
@@ -717,11 +708,11 @@ def find_folder(name_or_path):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        files = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # its own errors are many; the cause is kept
-        raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub "
-                                f"({brief(e)})") from e
+        text = f"{name} is no folder and could not be fetched from the hub ({brief(e)})"
+        raise FileNotFoundError(text) from e
 
 
 def read_json(path):
@@ -845,8 +836,7 @@ def adapter_config(folder):
 
 
 def adapter_base(folder):
-    """Hub name or folder of the model that an adapter belongs to. ValueError if that is an adapter
-    again: the folder itself, for example."""
+    """Hub name or folder of an adapter's model. ValueError if that is an adapter again."""
     base = adapter_config(folder).base_model_name_or_path
     if (find_folder(base) / "adapter_config.json").exists():
         raise ValueError(f"{folder}/adapter_config.json: its base {base} is an adapter too")
@@ -877,30 +867,20 @@ def save_adapter(model, folder, base):
 
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter on a loaded backbone. ValueError names what does not fit."""
-    config, shard = adapter_config(folder), open_shard(Path(folder) / "adapter_model.safetensors")
+    config = adapter_config(folder)
+    shard = open_shard(folder / "adapter_model.safetensors", model.device)
     alpha = (shard.metadata() or {}).get("lora_alpha", str(config.lora_alpha))
     if alpha != str(config.lora_alpha):
         raise ValueError(f"{folder}: trained with lora_alpha = {alpha}, but adapter_config.json "
                          f"says {config.lora_alpha}")
-    family = model.cfg.family
-    ours = {official_name(n, family): m for n, m in model.named_modules() if isinstance(m, Linear)}
-    for key in sorted(shard.keys()):  # an A comes before its B
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        pair = {key[:-8] + x + ".weight" for x in "AB"}
-        if not match or match[1] not in ours or not pair <= set(shard.keys()):
-            raise ValueError(f"{folder}: adapter tensor {key} belongs to no linear layer of this "
-                             f"{family} backbone")
-        module = ours[match[1]]
-        if match[2] == "A":
+    names = {}
+    for name, module in model.named_modules():
+        official = f"base_model.model.{official_name(name, model.cfg.family)}"
+        pair = {f"{official}.lora_{x}.weight": f"{name}.lora_{x}" for x in "AB"}
+        if isinstance(module, Linear) and not pair.keys().isdisjoint(shard.keys()):
             module.add_lora(config.r, config.lora_alpha, dropout=config.lora_dropout)
-        parameter, value = getattr(module, f"lora_{match[2]}"), shard.get_tensor(key)
-        if value.shape != parameter.shape or not value.is_floating_point():
-            raise ValueError(f"{folder}: {key} is {value.dtype} of shape {list(value.shape)}, "
-                             f"expected floats of shape {list(parameter.shape)} (r = {config.r})")
-        if not value.isfinite().all():
-            raise ValueError(f"{folder}: {key} holds NaN or infinity")
-        parameter.data = value.float().to(model.device)
-    return model.requires_grad_(False)
+            names.update(pair)
+    return load_weights(model, names, [shard], folder, torch.float32).requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -956,8 +936,7 @@ def chat_text(tokenizer, cfg, messages, reply):
 
 
 def encode(tokenizer, text):
-    """Text -> list of ids, nothing added. ValueError names words outside a closed vocabulary, and
-    half a character."""
+    """Text -> list of ids. ValueError names words outside a closed vocabulary, half a character."""
     half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ValueError(f"the text holds half a character, a lone surrogate {half[0]!r}, at "
@@ -972,8 +951,8 @@ def encode(tokenizer, text):
 
 
 def encode_prompt(tokenizer, cfg, text):
-    """A prompt's ids: through the chat template for Instruct models, raw (Dream: after BOS) for
-    Base. ValueError if there are none."""
+    """Text -> ids, through the chat template or, Base models, as it is (Dream: after BOS).
+    ValueError if there are none."""
     if cfg.chat:
         text = chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True)
     ids = encode(tokenizer, text)

@@ -769,7 +769,7 @@ BAD_ADAPTERS = [
     (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
     (dict(use_dora=True), "use_dora = True is not supported"),
     (dict(rank_pattern={"q": 2}), "rank_pattern = "),
-    (dict(r=8), r"expected floats of shape \[8, .*r = 8"),
+    (dict(r=8), r"lora_A.weight has shape \[4, 32\], expected \[8, 32\]"),
     (dict(r="4"), "r must be int"),
     (dict(r=0), "r must be at least 1"),
     (dict(r=None), ": r is missing"),
