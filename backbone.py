@@ -41,7 +41,7 @@ from tqdm import tqdm
 # 1. Configuration.
 
 def option(default, text, low=None, high=math.inf, choices=None, repr=True, **more):
-    """A field of a configuration: default (MISSING: none), --help text, and what section 5 allows."""
+    """A field of a configuration: its default (MISSING: none), --help text, allowed values."""
     metadata = dict(help=text, low=low, high=high, choices=choices, **more)
     return dataclasses.field(default=default, repr=repr, metadata=metadata)
 
@@ -473,7 +473,8 @@ def config_from_dict(cls, raw, where, entry_names=None):
 def add_flags(parser, cls, defaults=True):
     """A flag for every field of a dataclass. defaults=False: None where a flag is not given."""
     for rule in dataclasses.fields(cls):
-        text, default = rule.metadata["help"].replace("%", "%%"), rule.default if defaults else None
+        text = rule.metadata["help"].replace("%", "%%")
+        default = rule.default if defaults else None
         more = dict(type=ITEMS.get(rule.type, rule.type), choices=rule.metadata["choices"])
         if rule.type in ITEMS:
             more.update(nargs="+", metavar=rule.name.upper())
@@ -556,7 +557,7 @@ def official_name(name, family):
 
 
 def refuse_unsupported(raw, required, where):
-    """ValueError names the first entry of `raw` that is not as in `required` (a list: one of it)."""
+    """ValueError names an entry of `raw` that is not as in `required` (a list: one of these)."""
     for key, value in required.items():
         allowed = value if isinstance(value, list) else [value]
         if key in raw and raw[key] not in allowed and (raw[key] or value):
@@ -809,8 +810,8 @@ def checksum(names, get):
 # --------------------------------------------------------------------------------------------------
 # 8. Adapters in PEFT's format.
 
-# As REQUIRED. Other initial values (pissa, olora, corda, loftq) change the base's weights, so that
-# the adapter does not fit the base as it is published; PEFT can convert such an adapter.
+# As REQUIRED. Other initial values (pissa, olora, ...) change the base's weights: such an adapter
+# does not fit the published base, and PEFT can convert it.
 ADAPTER_REQUIRED = dict(peft_type="LORA", use_dora=False, use_rslora=False, rank_pattern=None,
                         alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False,
                         layer_replication=None, lora_bias=False, target_parameters=None,
@@ -953,11 +954,10 @@ def encode(tokenizer, text):
 def encode_prompt(tokenizer, cfg, text):
     """Text -> ids, through the chat template or, Base models, as it is (Dream: after BOS).
     ValueError if there are none."""
+    start = [] if cfg.chat or cfg.bos_id is None else [cfg.bos_id]
     if cfg.chat:
         text = chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True)
-    ids = encode(tokenizer, text)
-    if cfg.bos_id is not None and not cfg.chat:
-        ids = [cfg.bos_id, *ids]
+    ids = start + encode(tokenizer, text)
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
@@ -972,8 +972,7 @@ def encode_pair(tokenizer, cfg, example):
             {"role": "assistant", "content": example["response"]}]
         text = chat_text(tokenizer, cfg, messages[:-1], reply=True)
         whole = chat_text(tokenizer, cfg, messages, reply=False)
-        prompt = encode(tokenizer, text)
-        response = encode(tokenizer, whole[len(text):])
+        prompt, response = encode(tokenizer, text), encode(tokenizer, whole[len(text):])
     else:
         prompt = encode_prompt(tokenizer, cfg, example["prompt"])
         response = encode(tokenizer, example["response"])
