@@ -1,5 +1,4 @@
-"""One bidirectional transformer for every masked-diffusion LM here: the tiny default, LLaDA-8B,
-Dream-7B, LLaDA-MoE-7B.
+"""One bidirectional transformer for the tiny default, LLaDA-8B, Dream-7B and LLaDA-MoE-7B.
 
 Papers: MDLM (arXiv 2406.07524) and LLaDA (2502.09992): the forward process and its loss. MetaState
 (2603.01331) and MemDLM (2603.22241) need what stands here: a backbone that runs slice by slice.
@@ -39,70 +38,12 @@ from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Settings: what a field may be stands beside it; flags and entries of files are checked alike.
+# 1. Configuration.
 
-def option(default, text, low=None, high=None, choices=None, repr=True, **more):
-    """A field of a configuration: its default (MISSING: none), --help text, and allowed values."""
+def option(default, text, low=None, high=math.inf, choices=None, repr=True, **more):
+    """A field of a configuration: its default (MISSING: none), --help text, allowed values."""
     metadata = dict(help=text, low=low, high=high, choices=choices, **more)
     return dataclasses.field(default=default, repr=repr, metadata=metadata)
-
-
-def check_value(rule, value, name):
-    """ValueError about `name` unless `value` is what the dataclass field `rule` allows."""
-    if value is None and rule.default is None:
-        return
-    kind = {list: str, tuple: int}.get(rule.type, rule.type)
-    many = kind is not rule.type
-    if many and not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list, not {value!r:.80}")
-    low, high, choices = (rule.metadata.get(key) for key in ("low", "high", "choices"))
-    for v in value if many else [value]:
-        if type(v) is not kind and not (kind is float and type(v) is int):
-            raise ValueError(f"{name} must be {kind.__name__}, not {v!r:.80}")
-        if choices and v not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {v!r:.80}")
-        if low is not None and not v >= low or high is not None and not v <= high:
-            limits = {"at least": low, "at most": high}
-            text = " and ".join(f"{k} {x}" for k, x in limits.items() if x is not None)
-            raise ValueError(f"{name} must be {text}, not {v}")
-        if kind is float and not math.isfinite(v):
-            raise ValueError(f"{name} must be a finite number, not {v}")
-
-
-def validate(config, where="--"):
-    """Check every field of a dataclass; returns it. ValueError names the first field that is wrong,
-    after `where`: "--" for a flag, "FILE: " for an entry of a file."""
-    for rule in dataclasses.fields(config):
-        check_value(rule, getattr(config, rule.name), where + rule.name)
-    return config
-
-
-def add_flags(parser, cls, defaults=True):
-    """One flag for every field of a dataclass. defaults: False = a flag that is not given is None,
-    where the default depends on what is loaded."""
-    for rule in dataclasses.fields(cls):
-        text = rule.metadata["help"].replace("%", "%%")
-        default = rule.default if defaults else None
-        more = dict(default=default, type=rule.type, choices=rule.metadata["choices"])
-        if rule.type is bool:
-            more = dict(default=default, action=argparse.BooleanOptionalAction)
-        elif default is not None:
-            text += f" (default: {default})"
-        if rule.type in (list, tuple):
-            more.update(type={list: str, tuple: int}[rule.type], nargs="+",
-                        metavar=rule.name.upper())
-        parser.add_argument(f"--{rule.name}", help=text, **more)
-
-
-def given_flags(cls, args):
-    """{field: value} of the flags of a dataclass that are not None, each checked."""
-    values = {}
-    for rule in dataclasses.fields(cls):
-        value = getattr(args, rule.name)
-        if value is not None:
-            check_value(rule, value, f"--{rule.name}")
-            values[rule.name] = tuple(value) if rule.type is tuple else value
-    return values
 
 
 @dataclass
@@ -113,11 +54,10 @@ class BackboneConfig:
     vocab_size: int = option(139, "V, unused rows included; 139: niah.vocabulary()", 2, 10**7)
     d_model: int = option(64, "D", 1, 10**6)
     n_layers: int = option(3, "number of blocks", 1, 10**4)
-    n_heads: int = option(2, "H; two heads of 32 learn key-value lookup in minutes, four of 16 do "
-                          "not", 1, 10**4)
-    n_kv_heads: int = option(None, "each serves n_heads / n_kv_heads query heads in a row; None: "
-                             "n_heads", 1, 10**4)
-    head_dim: int = option(None, "d; None: d_model / n_heads", 2, 10**4)
+    # two heads of 32 learn key-value lookup in minutes, four of 16 do not
+    n_heads: int = option(2, "H, heads of q", 1, 10**4)
+    n_kv_heads: int = option(None, "heads of k and v, a divisor of H; None: H", 1, 10**4)
+    head_dim: int = option(None, "d; None: D / H", 2, 10**4)
     d_ff: int = option(192, "inner width of SwiGLU (of one expert in a mixture)", 1, 10**6)
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", 0, 1)
     rope_theta: float = option(10000.0, "base of RoPE's wavelengths", 1)
@@ -126,15 +66,13 @@ class BackboneConfig:
     qk_norm: bool = option(False, "RMSNorm over each head, before RoPE (LLaDA-MoE)")
     n_experts: int = option(0, "0: one SwiGLU; LLaDA-MoE: 64", 0, 10**4)
     experts_per_token: int = option(0, "LLaDA-MoE: 8", 0)
-    conv_width: int = option(5, "depthwise convolution before attention, 0: none. Tiny preset "
-                             "ONLY: a model of its size does not learn key-value lookup in minutes "
-                             "unless it can see the token before", 0, 999)
+    # Tiny preset ONLY: a model of its size learns key-value lookup in minutes only if it can see
+    # the token before. Fast weights live in the feed-forward layers: they bind a value to its key
+    # only if they see the key, too, and so the convolution must go into the residual stream.
+    conv_width: int = option(5, "depthwise convolution before attention, 0: none", 0, 999)
     # repr=False, here and below: fingerprints in existing MetaState checkpoints were taken over
     # the other fields
-    conv_residual: bool = option(False, "the convolution goes into the residual stream, so that "
-                                 "feed-forward layers, too, know the token before: fast weights "
-                                 "live there, and bind a value to its key only if they see the "
-                                 "key", repr=False)
+    conv_residual: bool = option(False, "it goes into the residual stream", repr=False)
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
     max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)
@@ -147,10 +85,8 @@ class BackboneConfig:
 
     def __post_init__(self):
         """Relations between fields only; check_value looks at each field alone."""
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
-        if self.head_dim is None:
-            self.head_dim = self.d_model // self.n_heads
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of "
                              f"n_kv_heads={self.n_kv_heads}")
@@ -168,8 +104,7 @@ class BackboneConfig:
 
     @property
     def stop_ids(self):
-        ids = (self.eos_id, self.eot_id, *self.extra_stop_ids)
-        return [i for i in ids if i is not None]
+        return [i for i in (self.eos_id, self.eot_id, *self.extra_stop_ids) if i is not None]
 
 
 class LowRank(NamedTuple):
@@ -237,17 +172,15 @@ class RMSNorm(nn.Module):
 def rotate(x, cos, sin, fp32):  # x (B, H, L, d)
     """RoPE, half-split layout (arXiv 2104.09864): with x = (a, b) in halves, position p and angles
     p * theta^(-2 i / d), the result is (a cos - b sin, b cos + a sin)."""
-    dtype = x.dtype
-    if fp32:
-        x = x.float()
-    else:
-        cos = cos.to(dtype)
-        sin = sin.to(dtype)
+    kind = x.dtype
+    x = x.float() if fp32 else x
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(dtype)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(kind)
 
 
 class Attention(nn.Module):
+    """y = W_o softmax(q k^T / sqrt(d)) v, over all tokens that are no padding: no causal mask."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -265,14 +198,11 @@ class Attention(nn.Module):
         k = self.k(x).view(B, L, cfg.n_kv_heads, cfg.head_dim)
         v = self.v(x).view(B, L, cfg.n_kv_heads, cfg.head_dim).transpose(1, 2)
         if cfg.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)  # (B, H, L, d)
         k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)
-        if cfg.n_kv_heads < cfg.n_heads:
-            k = k.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1)
-            v = v.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1)
-        # y = softmax(q k^T / sqrt(d)) v, over all tokens that are no padding: no causal mask
+        if cfg.n_kv_heads < cfg.n_heads:  # each serves n_heads / n_kv_heads heads of q in a row
+            k, v = (x.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1) for x in (k, v))
         mask = None if ctx.attend is None else ctx.attend[:, None, None]  # (B, 1, 1, L)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(y.transpose(1, 2).reshape(B, L, -1))
@@ -303,12 +233,10 @@ class MixtureFFN(nn.Module):
         self.experts = nn.ModuleList(FFN(cfg.d_model, cfg.d_ff) for _ in range(cfg.n_experts))
 
     def forward(self, x, phi=None, name=""):  # (B, L, D)
-        if phi and x.shape[0] > 1:  # each row owns its experts' fast weights
-            rows = []
-            for b in range(x.shape[0]):
-                own = {k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()}
-                rows.append(self.forward(x[b:b + 1], own, name))
-            return torch.cat(rows)
+        if phi and len(x) > 1:  # an expert sees tokens of all rows, but each row has its own phi
+            own = [{k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()}
+                   for b in range(len(x))]
+            return torch.cat([self(x[b:b + 1], own[b], name) for b in range(len(x))])
         flat = x.reshape(-1, x.shape[-1])  # (B L, D)
         probs = F.softmax(self.router(flat), dim=-1, dtype=torch.float32)  # (B L, experts)
         weight, chosen = probs.topk(self.top, dim=-1)
@@ -324,31 +252,25 @@ class MixtureFFN(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
-        self.conv = None
         if cfg.conv_width:
             self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
-        self.conv_residual = cfg.conv_residual
 
     def forward(self, h, ctx, phi=None, name=""):  # (B, L, D)
         x = self.attn_norm(h)
-        if self.conv is not None:
-            near = depthwise(x if ctx.attend is None else x * ctx.attend[..., None], self.conv)
-            if self.conv_residual:
+        if self.cfg.conv_width:
+            # near[i] = sum_j conv[j] * x[i + j - width // 2], with zeros for padding and beyond
+            near = x if ctx.attend is None else x * ctx.attend[..., None]
+            near = F.conv1d(near.mT, self.conv.mT[:, None], padding="same", groups=h.shape[-1]).mT
+            if self.cfg.conv_residual:
                 h = h + near
-                x = self.attn_norm(h)
-            else:
-                x = x + near
+            x = self.attn_norm(h) if self.cfg.conv_residual else x + near
         h = h + self.attn(x, ctx)
         return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
-
-
-def depthwise(x, weight):  # (B, L, D), (width, D)
-    """y[i] = sum_j weight[j] * x[i + j - width // 2], with zeros beyond the ends."""
-    return F.conv1d(x.mT, weight.mT[:, None], padding=weight.shape[0] // 2, groups=x.shape[-1]).mT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,37 +291,10 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    @torch.no_grad()
-    def init_weights(self, generator=None):
-        """For training from noise. Output projections are zero, so every block starts as the
-        identity and depth costs nothing at the first step."""
-        for name, p in self.named_parameters():
-            if name.endswith(("attn.o.weight", "ffn.down.weight")):
-                p.zero_()
-            elif name.endswith("conv"):
-                # in the residual stream, neighbours must be heard beside a token's own embedding:
-                # with the smaller bound, binding values to keys takes about three times as long
-                bound = (4 if self.cfg.conv_residual else 1) * p.shape[0] ** -0.5
-                p.uniform_(-bound, bound, generator=generator)
-            elif "embed" in name:
-                p.normal_(0, 0.5, generator=generator)
-            elif p.ndim == 2:
-                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
-        return self
-
-    @property
-    def device(self):
-        return self.embed_tokens.weight.device
-
-    @property
-    def dtype(self):
-        return self.embed_tokens.weight.dtype
-
     def context(self, ids, attend=None):
         """ids (B, L); attend (B, L) bool, False = padding, wherever it stands. Once per canvas."""
         cfg = self.cfg
-        index = torch.arange(ids.shape[1], device=ids.device)
-        positions = index[None]  # (1, L)
+        index = positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, L)
         attend = None if attend is None or attend.bool().all() else attend.bool()
         if attend is not None:  # counted from the first real token
             positions = (attend.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
@@ -408,9 +303,8 @@ class Backbone(nn.Module):
         even = torch.arange(0, cfg.head_dim, 2, device=ids.device).float()
         angles = positions[..., None].float() * (1.0 / cfg.rope_theta ** (even / cfg.head_dim))
         angles = torch.cat([angles, angles], dim=-1)[:, None]  # (1 or B, 1, L, d)
-        source = None
-        if cfg.shift:  # the first real token reads its own position
-            source = (index - (positions > 0).long()).expand(ids.shape)
+        # the first real token has none before it and is read at its own position
+        source = (index - (positions > 0).long()).expand(ids.shape) if cfg.shift else None
         return Context(angles.cos(), angles.sin(), attend, source)
 
     def embed(self, ids):
@@ -434,6 +328,24 @@ class Backbone(nn.Module):
         ctx = self.context(ids, attend)
         return self.head(self.run(self.embed(ids), ctx, phi=phi), ctx, at)
 
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """For training from noise. Output projections are zero, so every block starts as the
+        identity and depth costs nothing at the first step."""
+        for name, p in self.named_parameters():
+            if name.endswith(("attn.o.weight", "ffn.down.weight")):
+                p.zero_()
+            elif name.endswith("conv"):
+                # in the residual stream it must be heard beside a token's own embedding: with the
+                # smaller bound, binding values to keys takes about three times as long
+                bound = (4 if self.cfg.conv_residual else 1) * p.shape[0] ** -0.5
+                p.uniform_(-bound, bound, generator=generator)
+            elif "embed" in name:
+                p.normal_(0, 0.5, generator=generator)
+            elif p.ndim == 2:
+                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+        return self
+
     def add_lora(self, rank=32, alpha=64, seed=0, dropout=0.0):
         """Freeze everything, then put a trainable LoRA on every linear layer except the head
         (MemDLM, section 4.1). ValueError if there is one already."""
@@ -445,6 +357,14 @@ class Backbone(nn.Module):
         for module in linear:
             module.add_lora(rank, alpha, generator, dropout)
         return self
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,17 +384,6 @@ def corrupt(x0, t, given, mask_id, u=None, generator=None):
     return x0.masked_fill(masked, mask_id), masked
 
 
-def smallest(u, count):
-    """(B, L) bool: the count[b] smallest entries of row b. u (B, L), count (B,)."""
-    rank = u.argsort(1).argsort(1)              # the second argsort turns an order into ranks
-    return rank < count[:, None]
-
-
-def answer_start(given):
-    """Index of the first answer token: the first column that is not given in every row."""
-    return int(given.all(0).long().cumprod(0).sum())
-
-
 def sample_t(batch, eps=1e-3, generator=None):
     """One t ~ U(eps, 1) per row; LLaDA and MDLM: eps = 1e-3 keeps 1/t finite."""
     return eps + (1 - eps) * torch.rand(batch, generator=generator)
@@ -492,10 +401,98 @@ def masked_loss(logits, x0, masked, weight, n_maskable):
     return (ce * weight.to(ce)[masked.nonzero()[:, 0]]).sum() / n_maskable
 
 
+def smallest(u, count):
+    """(B, L) bool: the count[b] smallest entries of row b. u (B, L), count (B,)."""
+    rank = u.argsort(1).argsort(1)  # the second argsort turns an order into ranks
+    return rank < count[:, None]
+
+
+def answer_start(given):
+    """Index of the first answer token: the first column that is not given in every row."""
+    return int(given.all(0).long().cumprod(0).sum())
+
+
 # ==================================================================================================
 # Below: reading official checkpoints; not needed to follow the papers.
 # ==================================================================================================
-# 5. config.json. The official files are read as data: no code from a checkpoint is ever executed
+# 5. Settings: fields of a configuration, flags, and entries of files are checked alike.
+
+ITEMS = {list: str, tuple: int}  # what a list in a configuration holds
+
+
+def check_value(rule, value, name):
+    """`value` as the dataclass field `rule` holds it. ValueError about `name` if it may not be."""
+    if value is None and rule.default is None:
+        return None
+    kind, many = ITEMS.get(rule.type, rule.type), rule.type in ITEMS
+    low, high, choices = (rule.metadata[key] for key in ("low", "high", "choices"))
+    if many and not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be a list, not {value!r:.80}")
+    for v in value if many else [value]:
+        if type(v) is not kind and not (kind is float and type(v) is int):
+            raise ValueError(f"{name} must be {kind.__name__}, not {v!r:.80}")
+        if choices and v not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {v!r:.80}")
+        if kind is float and not abs(v) < math.inf:
+            raise ValueError(f"{name} must be a finite number, not {v}")
+        if low is not None and not low <= v <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"{name} must be at least {low}{most}, not {v}")
+    return tuple(value) if rule.type is tuple else value
+
+
+def validate(config, where="--"):
+    """A dataclass, all its fields checked. ValueError names the first wrong one after `where`."""
+    for rule in dataclasses.fields(config):
+        check_value(rule, getattr(config, rule.name), where + rule.name)
+    return config
+
+
+def config_from_dict(cls, raw, where, entry_names=None):
+    """A JSON object -> a checked dataclass; entries that are missing take their defaults.
+    ValueError names the file, `where`, and the entry that is unknown, missing or wrong
+    (entry_names: {field: its name in the file}, where they differ)."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
+    rules = {rule.name: rule for rule in dataclasses.fields(cls)}
+    values = {}
+    for name in [*raw, *rules]:
+        entry = f"{where}: {(entry_names or {}).get(name, name)}"
+        if name not in rules:
+            raise ValueError(f"{entry} is an unknown entry; known: {', '.join(rules)}")
+        if name in raw:
+            values[name] = check_value(rules[name], raw[name], entry)
+        elif rules[name].default is MISSING:
+            raise ValueError(f"{entry} is missing")
+    try:
+        return cls(**values)
+    except ValueError as e:  # from __post_init__: entries that do not fit each other
+        raise ValueError(f"{where}: {e}") from None
+
+
+def add_flags(parser, cls, defaults=True):
+    """A flag for every field of a dataclass. defaults=False: None where a flag is not given."""
+    for rule in dataclasses.fields(cls):
+        text = rule.metadata["help"].replace("%", "%%")
+        default = rule.default if defaults else None
+        more = dict(type=ITEMS.get(rule.type, rule.type), choices=rule.metadata["choices"])
+        if rule.type in ITEMS:
+            more.update(nargs="+", metavar=rule.name.upper())
+        if rule.type is bool:
+            more = dict(action=argparse.BooleanOptionalAction)
+        elif default is not None:
+            text += f" (default: {default})"
+        parser.add_argument(f"--{rule.name}", help=text, default=default, **more)
+
+
+def given_flags(cls, args):
+    """{field: value} of the flags of a dataclass that are not None, each checked."""
+    given = [rule for rule in dataclasses.fields(cls) if getattr(args, rule.name) is not None]
+    return {r.name: check_value(r, getattr(args, r.name), f"--{r.name}") for r in given}
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. config.json. The official files are read as data: no code from a checkpoint is ever executed
 # (their remote code breaks on transformers 5, three times out of four silently). Dispatch is on
 # `architectures`: LLaDA-MoE calls itself model_type "llada".
 
@@ -524,27 +521,27 @@ FIXED = {"llada": dict(mask_id=126336, eos_id=126081, eot_id=126348),
 # Entry of config.json -> our field; of two entries for one the later counts, unless it is null.
 ALL_ENTRIES = dict(rms_norm_eps="norm_eps", rope_theta="rope_theta", head_dim="head_dim",
                    mask_token_id="mask_id", eos_token_id="eos_id")
-QWEN_ENTRIES = dict(vocab_size="vocab_size", hidden_size="d_model", num_hidden_layers="n_layers",
-                    num_attention_heads="n_heads", num_key_value_heads="n_kv_heads",
-                    max_position_embeddings="max_len", **ALL_ENTRIES)
+QWEN_ENTRIES = dict(ALL_ENTRIES, vocab_size="vocab_size", hidden_size="d_model",
+                    num_hidden_layers="n_layers", num_attention_heads="n_heads",
+                    num_key_value_heads="n_kv_heads", max_position_embeddings="max_len")
 ENTRIES = {
-    "llada": dict(vocab_size="vocab_size", embedding_size="vocab_size", d_model="d_model",
-                  n_layers="n_layers", n_heads="n_heads", n_kv_heads="n_kv_heads",
-                  mlp_hidden_size="d_ff", rope_full_precision="rope_fp32",
-                  max_sequence_length="max_len", **ALL_ENTRIES),
+    "llada": dict(ALL_ENTRIES, vocab_size="vocab_size", embedding_size="vocab_size",
+                  d_model="d_model", n_layers="n_layers", n_heads="n_heads",
+                  n_kv_heads="n_kv_heads", mlp_hidden_size="d_ff", rope_full_precision="rope_fp32",
+                  max_sequence_length="max_len"),
     "dream": dict(QWEN_ENTRIES, intermediate_size="d_ff"),
     "llada_moe": dict(QWEN_ENTRIES, expert_intermediate_size="d_ff", num_experts="n_experts",
                       num_experts_per_tok="experts_per_token", qk_layernorm="qk_norm")}
 
 # Entries that change the arithmetic in ways that this file does not implement: any other value is
 # refused. A missing entry means this value, and null the same as false.
-QWEN_REQUIRED = dict(rope_scaling=None, quantization_config=None, hidden_act="silu",
-                     tie_word_embeddings=False)
+ALL_REQUIRED = dict(rope_scaling=None, quantization_config=None)
+QWEN_REQUIRED = dict(ALL_REQUIRED, hidden_act="silu", tie_word_embeddings=False)
 REQUIRED = {
-    "llada": dict(rope_scaling=None, quantization_config=None, block_type="llama", rope=True,
-                  activation_type="silu", layer_norm_type="rms", weight_tying=False,
-                  scale_logits=False, input_emb_norm=False, include_bias=False, alibi=False,
-                  include_qkv_bias=False, attention_layer_norm=False, bias_for_layer_norm=False,
+    "llada": dict(ALL_REQUIRED, block_type="llama", activation_type="silu", layer_norm_type="rms",
+                  rope=True, alibi=False, weight_tying=False, scale_logits=False,
+                  input_emb_norm=False, include_bias=False, include_qkv_bias=False,
+                  attention_layer_norm=False, bias_for_layer_norm=False,
                   multi_query_attention=False),
     "dream": dict(QWEN_REQUIRED, use_sliding_window=False, use_mrope=False),
     "llada_moe": dict(QWEN_REQUIRED, attention_bias=False, clip_qkv=None, partial_rotary_factor=1.0,
@@ -560,12 +557,11 @@ def official_name(name, family):
 
 
 def refuse_unsupported(raw, required, where):
-    """ValueError names the first entry of the JSON object `raw` that is not as in `required`."""
+    """ValueError names an entry of `raw` that is not as in `required` (a list: one of these)."""
     for key, value in required.items():
-        found = raw.get(key)
-        missing = key not in raw or not (found or value)
-        if not missing and found not in (value if isinstance(value, list) else [value]):
-            raise ValueError(f"{where}: {key} = {found!r:.80} is not supported (only {value!r})")
+        allowed = value if isinstance(value, list) else [value]
+        if key in raw and raw[key] not in allowed and (raw[key] or value):
+            raise ValueError(f"{where}: {key} = {raw[key]!r:.80} is not supported (only {value!r})")
 
 
 def family_of(raw, where):
@@ -574,46 +570,21 @@ def family_of(raw, where):
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
     if names[0] not in list(FAMILIES):
-        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: "
-                         f"{', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: {known}")
     return FAMILIES[names[0]]
 
 
-def config_from_dict(cls, raw, where, entry_names=None):
-    """A JSON object -> a validated dataclass; entries that are missing take their defaults.
-    ValueError names the file, `where`, and the entry that is unknown, missing or wrong (as in
-    entry_names, {field: name in the file}, where they differ)."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
-    rules = {rule.name: rule for rule in dataclasses.fields(cls)}
-    values = {}
-    for name in [*raw, *rules]:
-        entry = f"{where}: {(entry_names or {}).get(name, name)}"
-        if name not in rules:
-            raise ValueError(f"{entry} is an unknown entry; known: {', '.join(rules)}")
-        if name in raw:
-            check_value(rules[name], raw[name], entry)
-            values[name] = tuple(raw[name]) if rules[name].type is tuple else raw[name]
-        elif rules[name].default is MISSING:
-            raise ValueError(f"{entry} is missing")
-    try:
-        return cls(**values)
-    except ValueError as e:  # from __post_init__: entries that do not fit each other
-        raise ValueError(f"{where}: {e}") from None
-
-
 def config_from_json(raw, where="config.json"):
-    """config.json (a dict), official or ours -> BackboneConfig. ValueError names a wrong entry."""
+    """config.json, official or ours -> BackboneConfig. ValueError names the entry to blame."""
     family = family_of(raw, where)
     if family is None:
         return config_from_dict(BackboneConfig, raw.get("backbone"), f"{where}: backbone")
     refuse_unsupported(raw, REQUIRED[family], where)
     raw = {entry: value for entry, value in raw.items() if value is not None}
     values = dict(FIXED[family], family=family, conv_width=0)
-    eos = raw.get("eos_token_id")
-    if isinstance(eos, list) and eos:  # each of them ends an answer
-        raw["eos_token_id"] = eos[0]
-        values["extra_stop_ids"] = eos[1:]
+    if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:  # each ends an answer
+        raw["eos_token_id"], *values["extra_stop_ids"] = raw["eos_token_id"]
     width, ratio = raw.get("d_model"), raw.get("mlp_ratio", 4)
     if type(width) is type(ratio) is int:  # LLaDA's own rule
         raw.setdefault("mlp_hidden_size", ratio * width)
@@ -633,7 +604,96 @@ def config_from_json(raw, where="config.json"):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Files: found, read with their checksums, replaced whole.
+# 7. Files: found, read with their checksums, replaced whole.
+
+def load_backbone(name_or_path, device=None, dtype=None):
+    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
+    checkpoint (hub name or folder), or an adapter in PEFT's format, for which the base is loaded
+    first -> Backbone in eval mode. Raises FileNotFoundError or ValueError.
+
+    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's."""
+    device = default_device(device)
+    if name_or_path == "tiny":
+        return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        return load_adapter(load_backbone(adapter_base(folder), device, dtype), folder)
+    cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json")
+    cfg.chat = cfg.chat or bool(re.search(r"Instruct|Chat|LLaDA-1\.5", str(name_or_path)))
+    with torch.device("meta"):
+        model = Backbone(cfg)
+    names = {official_name(n, cfg.family): n for n, _ in model.named_parameters()}
+    shards = [open_shard(folder / file, device) for file in shard_files(folder)]
+    return load_weights(model, names, shards, folder, dtype).eval()
+
+
+def load_weights(model, names, shards, where, dtype=None):
+    """names: {key in the files: parameter}. A model on `meta` is filled tensor by tensor, each goes
+    straight to its place. On the CPU with dtype=None (as in the files) they stay views of the
+    mapped files.
+
+    ValueError names keys that are missing, unexpected, misshapen or not float before any weight is
+    read, then NaN or infinity in a tensor that no checksum of ours protects."""
+    home = {key: shard for shard in shards for key in shard.keys()}
+    problems = [f"missing {key}" for key in sorted(names.keys() - home.keys())]
+    problems += [f"unexpected {key}" for key in sorted(home.keys() - names.keys())]
+    kinds = {"F64", "F32", "F16", "BF16"}
+    for key in sorted(names.keys() & home.keys()):
+        found = home[key].get_slice(key)
+        shape, kind = found.get_shape(), found.get_dtype()
+        expected = list(model.get_parameter(names[key]).shape)
+        if shape != expected:
+            problems.append(f"{key} has shape {shape}, expected {expected}")
+        if kind not in kinds:
+            problems.append(f"{key} is {kind}, not {' or '.join(sorted(kinds))} "
+                            f"(quantized? Or mixed: then choose one with dtype=, --dtype)")
+        elif dtype is None:  # the first tensor decides for the rest
+            kinds = {kind}
+    if problems:
+        raise ValueError(f"{where}: the weights do not fit the {model.cfg.family} config "
+                         f"({len(problems)} problems): {'; '.join(problems[:5])}")
+    title = f"loading {len(shards)} files"
+    for key, shard in tqdm(home.items(), title, unit="tensor", disable=len(shards) == 1):
+        value = shard.get_tensor(key).to(dtype)
+        trusted = "crc32" in (shard.metadata() or {})
+        # aminmax passes on NaN; one pass and no copy, so 16 GB take seconds
+        if not trusted and not torch.stack(value.aminmax()).isfinite().all():
+            raise ValueError(f"{where}: {key} holds NaN or infinity")
+        module, _, attribute = names[key].rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+    return model
+
+
+def save_backbone(model, folder, tokenizer=None):
+    """The tokenizer, model.safetensors and config.json in our own layout, for load_backbone. Each
+    file is replaced in one move, config.json last: a folder that has it is complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="tokenizer.part") as part:
+            tokenizer.save_pretrained(part)
+            for name in os.listdir(part):
+                os.replace(Path(part) / name, folder / name)
+    tensors = {official_name(n, model.cfg.family): p for n, p in model.named_parameters()}
+    save_tensors(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", {
+        "architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
+        "vocabulary": tokenizer and vocabulary_hash(tokenizer)})
+
+
+def default_device(wanted=None):
+    """`wanted` if it can be used here (else ValueError), by default the fastest there is."""
+    if wanted is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted).item()  # fails on `meta`, where nothing can be computed
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {wanted!r} cannot be used here ({brief(e)[:80]}); "
+                         f"cpu always can") from None
+    return wanted
+
 
 def brief(e):
     """An exception as one line."""
@@ -645,16 +705,15 @@ def find_folder(name_or_path):
     name = str(name_or_path)
     if name and Path(name).is_dir():
         return Path(name)
-    if (Path(name).exists() or name.startswith((".", "runs/"))
-            or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if Path(name).exists() or not re.fullmatch(r"(?!\.|runs/)[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        files = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # its own errors are many; the cause is kept
-        raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub "
-                                f"({brief(e)})") from e
+        text = f"{name} is no folder and could not be fetched from the hub ({brief(e)})"
+        raise FileNotFoundError(text) from e
 
 
 def read_json(path):
@@ -667,8 +726,7 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
-    expected = raw.pop("crc32", None)
-    if expected not in (None, json_checksum(raw)):
+    if raw.pop("crc32", None) not in (None, json_checksum(raw)):
         raise ValueError(f"{path}: its checksum does not match: corrupted, or edited by hand (then "
                          f"take out its entry crc32)")
     return raw
@@ -701,6 +759,20 @@ def write_atomically(path, write):
                       f"Disk full? Make room and go on with --resume") from e
 
 
+def shard_files(folder):
+    """The names of a checkpoint's weight files. ValueError if its index is not one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map must be an object, not {weight_map!r:.80}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: weight_map names {file!r:.80}, which is no file here")
+    return sorted(set(weight_map.values()))
+
+
 def open_shard(path, device="cpu"):
     """A safetensors file, opened. ValueError if it is cut short or, where it is ours, changed."""
     from safetensors import SafetensorError, safe_open
@@ -717,6 +789,14 @@ def open_shard(path, device="cpu"):
                          f"Fetch or save it again") from None
 
 
+def save_tensors(tensors, path, **more):
+    """{name: tensor} -> a safetensors file; its header holds the checksum and `more` (texts)."""
+    from safetensors.torch import save_file
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {"crc32": checksum(tensors, tensors.get), **more}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
 def checksum(names, get):
     """CRC-32 of names and bytes, one tensor get(name) at a time. The format has none of its own,
     and a flipped bit in a weight is a wrong number in a table."""
@@ -727,124 +807,11 @@ def checksum(names, get):
     return f"{crc:08x}"
 
 
-def save_tensors(tensors, path, **more):
-    """{name: tensor} -> a safetensors file; its header holds the checksum and `more` (texts)."""
-    from safetensors.torch import save_file
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {"crc32": checksum(tensors, tensors.get), **more}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
-
-
-def shard_files(folder):
-    """The names of a checkpoint's weight files. ValueError if its index is not one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map must be an object {{tensor: file}}, "
-                         f"not {weight_map!r:.80}")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: weight_map names {file!r:.80}, which is no file here")
-    return sorted(set(weight_map.values()))
-
-
-def load_weights(model, folder, device="cpu", dtype=None):
-    """Fill a model that lies on `meta` shard by shard: each tensor goes straight to its place.
-    On the CPU in the checkpoint's own dtype (dtype=None) tensors stay views of the mapped files.
-
-    ValueError names tensors that are missing, unexpected, misshapen or not float before any weight
-    is read; NaN in official files only on an accelerator and in small tensors, since looking for it
-    would read every page of the large ones, which are mapped so that they need not be read."""
-    folder = Path(folder)
-    names = {official_name(n, model.cfg.family): n for n, _ in model.named_parameters()}
-    shards = [open_shard(folder / file, device) for file in shard_files(folder)]
-    home = {key: shard for shard in shards for key in shard.keys()}
-    problems = [f"missing {key}" for key in sorted(names.keys() - home.keys())]
-    problems += [f"unexpected {key}" for key in sorted(home.keys() - names.keys())]
-    kinds = {"F64", "F32", "F16", "BF16"}
-    for key in sorted(names.keys() & home.keys()):
-        found = home[key].get_slice(key)
-        expected = list(model.get_parameter(names[key]).shape)
-        if found.get_shape() != expected:
-            problems.append(f"{key} has shape {found.get_shape()}, expected {expected}")
-        if found.get_dtype() not in kinds:
-            problems.append(f"{key} is {found.get_dtype()}, not {' or '.join(sorted(kinds))} "
-                            f"(quantized? Or mixed: then choose one with dtype=, --dtype)")
-        elif dtype is None:  # the first tensor decides for the rest
-            kinds = {found.get_dtype()}
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{folder}: the weights do not fit {model.cfg.family} config.json: "
-                         f"{'; '.join(problems[:5])}{more}")
-    title = f"loading {len(shards)} files"
-    for key, shard in tqdm(home.items(), title, unit="tensor", disable=len(shards) == 1):
-        value = shard.get_tensor(key).to(dtype)
-        unchecked = "crc32" not in (shard.metadata() or {})
-        if unchecked and (not value.is_cpu or value.numel() < 10**6) and not value.isfinite().all():
-            raise ValueError(f"{folder}: {key} holds NaN or infinity")
-        module, _, attribute = names[key].rpartition(".")
-        parameter = nn.Parameter(value, requires_grad=False)
-        setattr(model.get_submodule(module), attribute, parameter)
-    return model
-
-
-def default_device(wanted=None):
-    """`wanted` if it can be used here (else ValueError), by default the fastest there is."""
-    if wanted is None:
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=wanted).item()  # fails on `meta`, where nothing can be computed
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        text = f"device {wanted!r} cannot be used here ({brief(e)[:80]}); cpu always can"
-        raise ValueError(text) from None
-    return wanted
-
-
-def load_backbone(name_or_path, device=None, dtype=None):
-    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
-    checkpoint (hub name or folder), or a folder with an adapter in PEFT's format (its base is
-    loaded first). Returns a Backbone in eval mode; raises FileNotFoundError or ValueError.
-
-    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's."""
-    device = default_device(device)
-    if name_or_path == "tiny":
-        return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
-    folder = find_folder(name_or_path)
-    if (folder / "adapter_config.json").exists():
-        return load_adapter(load_backbone(adapter_base(folder), device, dtype), folder)
-    cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json")
-    cfg.chat = cfg.chat or bool(re.search(r"Instruct|Chat|LLaDA-1\.5", str(name_or_path)))
-    with torch.device("meta"):
-        model = Backbone(cfg)
-    return load_weights(model, folder, device, dtype).eval()
-
-
-def save_backbone(model, folder, tokenizer=None):
-    """The tokenizer, model.safetensors and config.json in our own layout, for load_backbone. Each
-    file is replaced in one move, config.json last: a folder that has it is complete."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="tokenizer.part") as part:
-            tokenizer.save_pretrained(part)
-            for name in os.listdir(part):
-                os.replace(Path(part) / name, folder / name)
-    tensors = {official_name(n, model.cfg.family): p for n, p in model.named_parameters()}
-    save_tensors(tensors, folder / "model.safetensors")
-    write_json(folder / "config.json", {
-        "architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
-        "vocabulary": tokenizer and vocabulary_hash(tokenizer)})
-
-
 # --------------------------------------------------------------------------------------------------
-# 7. Adapters in PEFT's format.
+# 8. Adapters in PEFT's format.
 
-# As REQUIRED. Other initial values (pissa, olora, corda, loftq) change the base's weights, so that
-# the adapter does not fit the base as it is published; PEFT can convert such an adapter.
+# As REQUIRED. Other initial values (pissa, olora, ...) change the base's weights: such an adapter
+# does not fit the published base, and PEFT can convert it.
 ADAPTER_REQUIRED = dict(peft_type="LORA", use_dora=False, use_rslora=False, rank_pattern=None,
                         alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False,
                         layer_replication=None, lora_bias=False, target_parameters=None,
@@ -864,15 +831,13 @@ def adapter_config(folder):
     """The AdapterConfig of a folder. ValueError names the entry that is wrong or not supported."""
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
-    used = {f.name: raw[f.name] for f in dataclasses.fields(AdapterConfig) if f.name in raw}
-    config = config_from_dict(AdapterConfig, used, path)
     refuse_unsupported(raw, ADAPTER_REQUIRED, path)
-    return config
+    used = {f.name: raw[f.name] for f in dataclasses.fields(AdapterConfig) if f.name in raw}
+    return config_from_dict(AdapterConfig, used, path)
 
 
 def adapter_base(folder):
-    """Hub name or folder of the model that an adapter belongs to. ValueError if that is an adapter
-    again: the folder itself, for example."""
+    """Hub name or folder of an adapter's model. ValueError if that is an adapter again."""
     base = adapter_config(folder).base_model_name_or_path
     if (find_folder(base) / "adapter_config.json").exists():
         raise ValueError(f"{folder}/adapter_config.json: its base {base} is an adapter too")
@@ -903,34 +868,24 @@ def save_adapter(model, folder, base):
 
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter on a loaded backbone. ValueError names what does not fit."""
-    config, shard = adapter_config(folder), open_shard(Path(folder) / "adapter_model.safetensors")
+    config = adapter_config(folder)
+    shard = open_shard(folder / "adapter_model.safetensors", model.device)
     alpha = (shard.metadata() or {}).get("lora_alpha", str(config.lora_alpha))
     if alpha != str(config.lora_alpha):
         raise ValueError(f"{folder}: trained with lora_alpha = {alpha}, but adapter_config.json "
                          f"says {config.lora_alpha}")
-    family = model.cfg.family
-    ours = {official_name(n, family): m for n, m in model.named_modules() if isinstance(m, Linear)}
-    for key in sorted(shard.keys()):  # an A comes before its B
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        pair = {key[:-8] + x + ".weight" for x in "AB"}
-        if not match or match[1] not in ours or not pair <= set(shard.keys()):
-            raise ValueError(f"{folder}: adapter tensor {key} belongs to no linear layer of this "
-                             f"{family} backbone")
-        module = ours[match[1]]
-        if match[2] == "A":
+    names = {}
+    for name, module in model.named_modules():
+        official = f"base_model.model.{official_name(name, model.cfg.family)}"
+        pair = {f"{official}.lora_{x}.weight": f"{name}.lora_{x}" for x in "AB"}
+        if isinstance(module, Linear) and not pair.keys().isdisjoint(shard.keys()):
             module.add_lora(config.r, config.lora_alpha, dropout=config.lora_dropout)
-        parameter, value = getattr(module, f"lora_{match[2]}"), shard.get_tensor(key)
-        if value.shape != parameter.shape or not value.is_floating_point():
-            raise ValueError(f"{folder}: {key} is {value.dtype} of shape {list(value.shape)}, "
-                             f"expected floats of shape {list(parameter.shape)} (r = {config.r})")
-        if not value.isfinite().all():
-            raise ValueError(f"{folder}: {key} holds NaN or infinity")
-        parameter.data = value.float().to(model.device)
-    return model.requires_grad_(False)
+            names.update(pair)
+    return load_weights(model, names, [shard], folder, torch.float32).requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Tokenizers and chat formats.
+# 9. Tokenizers and chat formats.
 
 # LLaDA-MoE's card could not be read here; this is the format of the same authors' LLaDA2 (assumed).
 ROLE_TEMPLATE = (
@@ -982,31 +937,27 @@ def chat_text(tokenizer, cfg, messages, reply):
 
 
 def encode(tokenizer, text):
-    """Text -> list of ids, nothing added. ValueError names words outside a closed vocabulary, and
-    half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"the text holds half a character, a lone surrogate {text[e.start]!r}, at "
-                         f"position {e.start}") from None
-    if tokenizer.unk_token is None \
-            and type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
-        unknown = [w for w in dict.fromkeys(text.split()) if w not in tokenizer.get_vocab()]
+    """Text -> list of ids. ValueError names words outside a closed vocabulary, half a character."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(f"the text holds half a character, a lone surrogate {half[0]!r}, at "
+                         f"position {half.start()}")
+    if tokenizer.unk_token is None and "WordLevel" in str(type(tokenizer.backend_tokenizer.model)):
+        known = tokenizer.get_vocab()
+        unknown = [word for word in dict.fromkeys(text.split()) if word not in known]
         if unknown:
-            more = " ..." if len(unknown) > 10 else ""
-            raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown[:10])}{more} "
+            raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown)[:80]} "
                              f"(python sample.py --vocabulary lists it)")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_prompt(tokenizer, cfg, text):
-    """A prompt's ids: through the chat template for Instruct models, raw (Dream: after BOS) for
-    Base. ValueError if there are none."""
+    """Text -> ids, through the chat template or, Base models, as it is (Dream: after BOS).
+    ValueError if there are none."""
+    start = [] if cfg.chat or cfg.bos_id is None else [cfg.bos_id]
     if cfg.chat:
         text = chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True)
-    ids = encode(tokenizer, text)
-    if cfg.bos_id is not None and not cfg.chat:
-        ids = [cfg.bos_id, *ids]
+    ids = start + encode(tokenizer, text)
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
@@ -1021,8 +972,7 @@ def encode_pair(tokenizer, cfg, example):
             {"role": "assistant", "content": example["response"]}]
         text = chat_text(tokenizer, cfg, messages[:-1], reply=True)
         whole = chat_text(tokenizer, cfg, messages, reply=False)
-        prompt = encode(tokenizer, text)
-        response = encode(tokenizer, whole[len(text):])
+        prompt, response = encode(tokenizer, text), encode(tokenizer, whole[len(text):])
     else:
         prompt = encode_prompt(tokenizer, cfg, example["prompt"])
         response = encode(tokenizer, example["response"])
@@ -1032,7 +982,7 @@ def encode_pair(tokenizer, cfg, example):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Command line.
+# 10. Command line.
 
 def cli(main):
     """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
