@@ -663,14 +663,12 @@ class Run:
 
 
 def read_state(path):
-    """The contents of a resume.pt. ValueError if anything in it is not as it was written, OSError
-    if the file cannot be opened."""
+    """The contents of a resume.pt. ValueError if it is not as it was written, OSError if it cannot
+    be opened."""
     try:
         if zipfile.ZipFile(path).testzip():                 # torch.load looks at no checksum
             raise ValueError("a checksum does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("step", "seconds", "trained", "optimizer", "schedule", "settings")
-        return {name: state[name] for name in names}
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise OSError(f"{path} cannot be opened ({e})") from None
     except Exception as e:
@@ -874,7 +872,7 @@ def train(run):
 
 
 def report(run):
-    """What the memory does, off and on, and how to go on."""
+    """What the memory does: off first, then on; and how to go on."""
     cfg = run.cfg
     model = run.backbone, run.tokenizer
     flag, lengths = "", "64 128 256"
@@ -893,6 +891,7 @@ def report(run):
             print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}; leaky, "
                   f"an upper bound and no result: {run.held_out_loss(None):.3f}")
         else:
+            lengths = "64 --tasks resolve --passes 8"
             prompt = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
             print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas {on:.3f}")
         if cfg.n_eval:
