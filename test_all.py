@@ -2289,7 +2289,7 @@ def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
 
 @pytest.mark.parametrize("bad, message", [
     ('{"prompt": "river', "not valid JSON"),
-    ('["river"]', "expected an object"),
+    ('["river"]', "expected {"),
     ('{"prompt": "river"}', "expected {"),
     ('{"prompt": "river", "response": " "}', "response is empty"),
     ('{"prompt": "", "response": "47"}', "prompt is empty"),
@@ -2663,8 +2663,8 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
 
 def test_defaults_depend_on_the_backbone_and_on_the_data():
     cfg = train.TrainConfig(data="data.jsonl")
-    assert train.fill_in(cfg, "llada", False, n_examples=100) == "published"
-    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, 250, 4096)
+    assert train.fill_in(cfg, "llada", False) == "published"
+    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, None, 4096)
     cfg = train.TrainConfig()
     train.fill_in(cfg, "llada", False)
     assert cfg.steps == 1000
@@ -2702,7 +2702,7 @@ def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here
 
 STRANGE_LINES = {
     "deep": (b"[" * 100_000, "not valid JSON"),
-    "surrogate": (rb'{"prompt": "river \ud800", "response": "47"}', "not valid JSON"),
+    "surrogate": (rb'{"prompt": "river \ud800", "response": "47"}', "the text holds half"),
     "bytes": (b'{"prompt": "river \xff", "response": "47"}', "not valid JSON"),
     "nan": (b'{"prompt": NaN, "response": "47"}', "expected"),
     "types": (b'{"prompt": 1, "response": {"a": 2}}', "expected"),

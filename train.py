@@ -16,6 +16,7 @@ Run: python train.py --method memdlm      (tiny, CPU: the closed book, from nois
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -36,10 +37,10 @@ from tqdm import tqdm
 import memdlm
 import metastate
 import niah
-from backbone import (Backbone, BackboneConfig, adapter_base, add_flags, cli, config_from_json,
-                      corrupt, default_device, encode, encode_pair, find_folder, given_flags,
-                      load_backbone, load_tokenizer, masked_loss, option, read_json, sample_t,
-                      save_adapter, save_backbone, validate, write_atomically, write_json)
+from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags, cli,
+                      config_from_json, corrupt, default_device, encode, encode_pair, find_folder,
+                      given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
+                      sample_t, save_adapter, save_backbone, write_atomically, write_json)
 from memdlm import MemDLMConfig
 from metastate import MetaStateConfig
 from sample import left_pad, no_memory, peak_memory
@@ -48,14 +49,13 @@ from sample import left_pad, no_memory, peak_memory
 @dataclass
 class TrainConfig:
     """The only defaults; the command line is built from these fields. None: see DEFAULTS."""
-    method: str = option("memdlm", "plain, memory in weights, memory in activations",
-                         choices=["mdlm", "memdlm", "metastate"])
+    method: str = option("memdlm", "which loop trains", choices=["mdlm", "memdlm", "metastate"])
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
     init: str = option(None, "checkpoint to start from (tiny: pretrained once where it is needed)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
                        "\"response\"} or {\"messages\"}; for the closed book with a \"context\"")
-    tasks: list = option(None, "niah tasks (default: all alike; metastate: half of them resolve)",
-                         choices=list(niah.ALL_TASKS), nargs="+")
+    tasks: list = option(None, "niah tasks (default: all; metastate: half of them resolve)",
+                         choices=list(niah.ALL_TASKS))
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps", low=1)
     epochs: int = option(None, "JSONL: passes over the data, if --steps is not given", low=1)
@@ -65,15 +65,13 @@ class TrainConfig:
     warmup: float = option(None, "share of the steps with rising learning rate", low=0, high=1)
     beta2: float = option(None, "AdamW's second beta", low=0, high=0.999999)
     weight_decay: float = option(None, "AdamW's, for matrices", low=0)
-    loss_weight: str = option(None, "uniform: masked tokens count alike; 1/t: the likelihood bound",
-                              choices=["uniform", "1/t"])
-    plain_share: float = option(0.25, "closed book: share of the batches that are plain MDLM on "
-                                "--tasks; they keep predictable words out of phi", low=0, high=1)
+    loss_weight: str = option(None, "1/t: the likelihood bound", choices=["uniform", "1/t"])
+    plain_share: float = option(0.25, "closed book: share of plain MDLM batches, on --tasks; they "
+                                "keep predictable words out of phi", low=0, high=1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     context: int = option(64, "niah: longest training text, in tokens", low=0)
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
-    lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights (default: an adapter "
-                       "keeps its own)", low=0)
+    lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights are trained", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
     seed: int = option(0, "fixes data, noise and initialisation", low=0, high=2 ** 31)
     eval_every: int = option(None, "steps between held-out losses (default: a tenth)", low=1)
@@ -84,6 +82,11 @@ class TrainConfig:
     dtype: str = option(None, "default: the checkpoint's own", choices=["float32", "bfloat16"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "delete what an earlier run wrote into --out and start anew")
+
+    @property
+    def source(self):
+        """What training starts from."""
+        return self.init or self.backbone
 
 
 # What None stands for, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of
@@ -151,7 +154,6 @@ def train_mdlm(run):
 
 def train_memdlm(run):
     """Bilevel: the inner loop writes into each row's phi, the outer loss trains theta given phi."""
-    published = run.inner.inner_on == "response"
     for step in run.steps():
         # 1. A batch of clean tokens, t and u for each row
         batch, n_maskable = run.batch(step)
@@ -159,14 +161,12 @@ def train_memdlm(run):
         run.optimizer.zero_grad()
         for rows in run.micro_batches(batch):
             # 2.-4. States of the text, inner loop on phi, outer loss on theta
-            if published:
-                loss = memdlm.loss_memdlm(run.backbone, rows.x0, rows.given, rows.attend, rows.t,
-                                          rows.u, run.weight(rows.t), n_maskable, run.inner,
-                                          run.step_seed(step))
+            rest = (rows.given, rows.attend, rows.t, rows.u, run.weight(rows.t), n_maskable,
+                    run.inner, run.step_seed(step))
+            if run.inner.inner_on == "response":
+                loss = memdlm.loss_memdlm(run.backbone, rows.x0, *rest)
             else:
-                loss = memdlm.loss_prompt(run.backbone, rows.x0, rows.context, rows.given,
-                                          rows.attend, rows.t, rows.u, run.weight(rows.t),
-                                          n_maskable, run.inner, run.step_seed(step),
+                loss = memdlm.loss_prompt(run.backbone, rows.x0, rows.context, *rest,
                                           exact=step >= run.exact_step)
             loss.backward()
             loss_sum += loss.item()
@@ -217,19 +217,67 @@ class Example(NamedTuple):
 def niah_examples(tokenizer, model_cfg, samples, closed=False):
     """niah samples -> Examples."""
     if model_cfg.family != "tiny":
-        return [jsonl_example(dict(context=niah.INTRO + s.context, prompt=s.question,
-                                   response=s.answer), tokenizer, model_cfg, closed)
+        return [encode_example(dict(context=niah.INTRO + s.context, prompt=s.question,
+                                    response=s.answer), tokenizer, model_cfg, closed)
                 for s in samples]
-    n = len(samples)
-    texts = [s.prompt for s in samples] + [s.answer for s in samples]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    hidden = [len(s.context.split()) if closed else 0 for s in samples]
-    return [Example(p[:k], p[k:], r + [model_cfg.eos_id])
-            for p, r, k in zip(ids[:n], ids[n:], hidden)]
+    # word by word: for the hundreds of texts of a step encode_example would be too slow
+    number = tokenizer.get_vocab()
+    examples = []
+    for s in samples:
+        prompt = [number[word] for word in s.prompt.split()]
+        answer = [number[word] for word in s.answer.split()]
+        hidden = len(s.context.split()) if closed else 0
+        examples.append(Example(prompt[:hidden], prompt[hidden:], [*answer, model_cfg.eos_id]))
+    return examples
 
 
-def jsonl_example(raw, tokenizer, model_cfg, closed):
-    """An object with "prompt" and "response", or "messages", and perhaps "context" -> Example."""
+def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
+    """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
+    longer than max_len are left out and counted."""
+    examples = []
+    too_long = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                raw = json.loads(line.decode())
+                if not is_example(raw):
+                    raise ValueError("expected {\"prompt\": text, \"response\": text}, or "
+                                     "{\"messages\": [...]} with at least two {\"role\", "
+                                     "\"content\"}, of which the last message is the assistant's")
+                # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
+                fits = len(line) <= 100 * max_len
+                example = encode_example(raw, tokenizer, model_cfg, closed) if fits else None
+            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+            if fits and sum(map(len, example)) <= max_len:
+                examples.append(example)
+            else:
+                too_long += 1
+    if too_long:
+        print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
+    if len(examples) < 2:
+        raise ValueError(f"{path}: {len(examples)} usable examples; at least 2 are needed (one is "
+                         f"held out)")
+    return examples
+
+
+def is_example(raw):
+    """Is the JSON of a line {"prompt", "response"} or {"messages"}, all of it text?"""
+    if not isinstance(raw, dict) or not isinstance(raw.get("context", ""), str):
+        return False
+    pair = [{"role": "user", "content": raw.get("prompt")},
+            {"role": "assistant", "content": raw.get("response")}]
+    turns = raw.get("messages", pair)
+    return (isinstance(turns, list) and len(turns) > 1
+            and all(isinstance(turn, dict) and isinstance(turn.get("content"), str)
+                    and turn.get("role") in ("system", "user", "assistant") for turn in turns)
+            and turns[-1]["role"] == "assistant")
+
+
+def encode_example(raw, tokenizer, model_cfg, closed):
+    """What is_example accepts, perhaps with a "context" -> Example."""
     context = raw.get("context")
     if closed and not context:
         raise ValueError("the closed book needs a \"context\", the text to write and to hide")
@@ -241,75 +289,17 @@ def jsonl_example(raw, tokenizer, model_cfg, closed):
     return Example(hidden, *encode_pair(tokenizer, model_cfg, raw))
 
 
-def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
-    """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
-    longer than max_len are left out and counted."""
-    examples = []
-    too_long = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                example = json.loads(line.decode())
-                # a lone surrogate, which JSON can spell and no tokenizer takes, fails here
-                json.dumps(example, ensure_ascii=False).encode()
-                # a tokenizer takes minutes over 100 MB, and no token has 100 characters on average
-                fits = check_example(example) <= 100 * max_len
-                if fits:
-                    ids = jsonl_example(example, tokenizer, model_cfg, closed)
-            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
-            if fits and sum(map(len, ids)) <= max_len:
-                examples.append(ids)
-            else:
-                too_long += 1
-    if too_long:
-        print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
-    if len(examples) < 2:
-        raise ValueError(f"{path}: {len(examples)} usable examples; at least 2 are needed (one is "
-                         f"held out)")
-    return examples
-
-
-def check_example(example):
-    """The number of characters in one example; ValueError if it is none."""
-    if not isinstance(example, dict):
-        raise ValueError(f"expected an object, found {type(example).__name__}")
-    texts = {key: example.get(key) for key in ("prompt", "response")}
-    if "messages" in example:
-        messages = example["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 \
-                or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("messages must be at least two {\"role\", \"content\"} objects")
-        roles = [m.get("role") for m in messages]
-        if roles[-1] != "assistant" or not all(r in ("system", "user", "assistant") for r in roles):
-            raise ValueError("roles are system, user and assistant, and the last message is the "
-                             "assistant's")
-        texts = {f"content of message {i}": m.get("content") for i, m in enumerate(messages, 1)}
-    if "context" in example:
-        texts["context"] = example["context"]
-    for key, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"expected {{\"prompt\": text, \"response\": text}} or "
-                             f"{{\"messages\": [...]}}; the {key} is no text")
-        if key in example and not text.strip():
-            raise ValueError(f"the {key} is empty")
-    return sum(len(text) for text in texts.values())
-
-
 def collate(examples, model_cfg, width, generator):
     """Contexts and prompts padded on the left, responses filled up with end-of-text to at least
     `width` tokens. End-of-text is maskable and learned, as in LLaDA's SFT."""
     prompts, attend = left_pad([e.context + e.prompt for e in examples], model_cfg.pad_id, "cpu")
-    width = max(width, max(len(e.response) for e in examples))
+    width = max(width, *(len(e.response) for e in examples))
     responses = torch.full((len(examples), width), model_cfg.eos_id)
     for row, e in zip(responses, examples):
         row[:len(e.response)] = torch.tensor(e.response)
-    maskable = torch.ones_like(responses, dtype=torch.bool)
     x0 = torch.cat([prompts, responses], dim=1)                         # (B, L)
-    given = torch.cat([torch.ones_like(attend), ~maskable], dim=1)
-    attend = torch.cat([attend, maskable], dim=1)
+    given = (torch.arange(x0.shape[1]) < prompts.shape[1]).repeat(len(examples), 1)
+    attend = torch.cat([attend, torch.ones_like(responses, dtype=torch.bool)], dim=1)
     number = attend.long().cumsum(1)                                    # of a real token, from 1
     context = attend & (number <= torch.tensor([len(e.context) for e in examples])[:, None])
     t = sample_t(len(examples), generator=generator)
@@ -327,36 +317,120 @@ def epoch_order(seed, epoch, n):
 # 3. One run: what every loop above needs.
 
 class Run:
-    """Data by step, optimizer, logging, evaluation, checkpoints. Holds no random state: see the
-    file's header. data: (training, held-out) Examples of a JSONL file, None for niah."""
+    """Settings, data by step, optimizer, log, evaluation and checkpoints of one run. Holds no
+    random state: see the file's header."""
 
-    def __init__(self, cfg, inner, meta_cfg, backbone, tokenizer, data, base, stage):
+    def __init__(self, cfg, inner_options, meta_options):
+        """All that follows from flags and config.json: fills in cfg, prints the memory it needs.
+        ValueError or OSError for what cannot work."""
+        check_flags(cfg)
         self.cfg = cfg
-        self.inner = inner
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.base = base
-        self.stage = stage
-        self.rank, self.world = ranks()
-        self.device = backbone.device
         self.out = Path(cfg.out)
+        joined = dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world = dist.get_world_size() if joined else 1
+        self.base = find_base(cfg)
+        model_cfg = BackboneConfig()
+        if cfg.source != "tiny":
+            path = find_folder(self.base or cfg.source) / "config.json"
+            model_cfg = config_from_json(read_json(path), path)
+        self.meta_cfg = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
+        self.meta_cfg.check(model_cfg.n_layers)
+        # a backbone that was not trained to be written to is read with the paper's inner loop
+        default = None if cfg.method == "memdlm" else "response"
+        inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
+        if cfg.data != "niah":
+            inner.questions = 1
+        self.inner = dataclasses.replace(inner, **inner_options)
+        self.closed = cfg.method == "memdlm" and self.inner.inner_on == "closed_book"
+        self.to_pretrain = (cfg.source == "tiny" and not self.closed
+                            and (cfg.method != "mdlm" or bool(cfg.lora)))
+        if self.to_pretrain:
+            cfg.init = f"runs/pretrained-seed{cfg.seed}"
+        self.stage = fill_in(cfg, model_cfg.family, self.closed)
+        shared = 1 if self.inner.inner_on == "response" else self.inner.questions
+        if shared > 1 and (cfg.batch_size % shared or not self.closed or cfg.data != "niah"):
+            raise ValueError(f"--questions {shared}: only the closed book on niah texts has so "
+                             f"many rows about one text, which share its phi, and --batch_size "
+                             f"must be a multiple of it, not {cfg.batch_size}")
         self.joined = cfg.batch_size * cfg.accumulate * self.world      # rows per optimizer step
-        self.examples, self.held_examples = data or (None, None)
-        self.width = niah.BUDGET if data is None else 0                 # of an answer, at least
-        self.closed = is_closed(cfg, inner)
-        self.closed_niah = self.closed and data is None
-        self.exact_step = inner.exact_from * cfg.steps
+        length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
+        weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
+        sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, self.inner,
+                         self.meta_cfg, weight_bytes, cfg.checkpointing)
+        self.needed = sum(sizes.values())
+        if self.rank == 0:
+            print(f"memory for {cfg.method} on {cfg.source}, {cfg.batch_size} rows of {length} "
+                  f"tokens: {show_estimate(sizes)}")
+
+    def load(self):
+        """Backbone and data, and what is trained. ValueError or OSError for what cannot work."""
+        cfg = self.cfg
+        self.device = default_device(cfg.device)
+        if self.needed > device_memory(self.device):
+            raise ValueError(f"this needs {self.needed / 1e9:.1f} GB, more memory than "
+                             f"{self.device} has ({device_memory(self.device) / 1e9:.1f} GB): try "
+                             f"a smaller --batch_size or --max_len, --lora, --checkpointing")
+        dtype = cfg.dtype and getattr(torch, cfg.dtype)
+        source = "tiny" if self.to_pretrain else cfg.source
+        self.tokenizer = load_tokenizer(source)
+        torch.manual_seed(cfg.seed)
+        if source == "tiny":
+            # the closed book too is learned from noise: a model that reads first binds values to
+            # keys far more slowly
+            self.backbone = Backbone(BackboneConfig(conv_residual=self.closed)).init_weights()
+            self.backbone.to(self.device, dtype)
+        else:
+            self.backbone = load_backbone(source, self.device, dtype)
+        self.examples = self.held_examples = None
+        if cfg.data != "niah":
+            model_cfg = self.backbone.cfg
+            max_len = min(cfg.max_len, model_cfg.max_len)
+            rows = read_jsonl(cfg.data, self.tokenizer, model_cfg, max_len, self.closed)
+            held = max(1, min(64, len(rows) // 10))
+            self.examples, self.held_examples = rows[:-held], rows[-held:]
+        if cfg.steps is None:
+            cfg.steps = math.ceil(cfg.epochs * len(self.examples) / self.joined)
+        cfg.eval_every = cfg.eval_every or max(1, cfg.steps // 10)
+        if self.to_pretrain:
+            pretrain(cfg)
+            self.backbone = load_backbone(cfg.init, self.device, dtype)
+        self.backbone.checkpointing = cfg.checkpointing
+        self.width = niah.BUDGET if self.examples is None else 0        # of an answer, at least
+        self.exact_step = self.inner.exact_from * cfg.steps
+        self.first_step = 0
+        self.seconds = 0.0
+        self.add_memory()
+        self.make_optimizer()
+
+    def add_memory(self):
+        """The arms, plain first; the loss of the watched one is logged."""
+        cfg = self.cfg
         self.meta = None
-        # the arm whose held-out loss is logged; its memory, and passes over the canvas
-        self.watched = "off", no_memory, 1
+        self.arms = {"off": no_memory, "on": memdlm.prompt_memory(self.inner)}
+        self.watched, self.passes = "off", 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
-            self.meta = metastate.build(backbone.cfg, meta_cfg).to(self.device)
-            self.watched = metastate.ARMS[meta_cfg.memory], self.meta.memory(), 2
-            self.fingerprint = metastate.fingerprint(backbone)          # before layers are split
-        modules = [backbone] if self.meta is None else [self.meta]
-        self.trained = [p for m in modules for p in m.parameters() if p.requires_grad]
-        shard(backbone)
+            self.meta = metastate.build(self.backbone.cfg, self.meta_cfg).to(self.device)
+            # the second pass over a canvas is the first that can use the slots
+            self.watched, self.passes = metastate.ARMS[self.meta_cfg.memory], 2
+            self.arms = {"frozen": no_memory, self.watched: self.meta.memory()}
+            self.fingerprint = metastate.fingerprint(self.backbone)     # before layers are split
+
+    def make_optimizer(self):
+        """Choose what is trained: all weights, the LoRA (added here unless the adapter is an old
+        one), or the slots' modules."""
+        cfg = self.cfg
+        if cfg.lora and self.base is None:
+            self.backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
+        for module in self.backbone.modules():
+            if getattr(module, "lora_rank", 0):
+                module.lora_dropout = cfg.lora_dropout
+        for name, p in self.backbone.named_parameters():
+            p.requires_grad_(self.meta is None and (not cfg.lora or "lora" in name))
+        module = self.backbone if self.meta is None else self.meta
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        shard(self.backbone)
         # norms and gains are not decayed
         groups = [dict(params=[p for p in self.trained if p.ndim > 1]),
                   dict(params=[p for p in self.trained if p.ndim <= 1], weight_decay=0.0)]
@@ -365,8 +439,6 @@ class Run:
         from transformers import get_cosine_schedule_with_warmup
         rising = max(1, int(cfg.warmup * cfg.steps))
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, rising, cfg.steps)
-        self.first_step = 0
-        self.seconds = 0.0
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -430,9 +502,8 @@ class Run:
 
     def split(self, rows):
         """This rank's micro-batches of a tensor with one entry per row."""
-        size = self.cfg.batch_size
         first = self.rank * self.cfg.accumulate
-        return [rows[i * size:(i + 1) * size] for i in range(first, first + self.cfg.accumulate)]
+        return rows.split(self.cfg.batch_size)[first:first + self.cfg.accumulate]
 
     def micro_batches(self, batch):
         for fields in zip(*(self.split(x) for x in batch)):
@@ -449,7 +520,8 @@ class Run:
     def steps(self):
         """The numbers of the steps to do; after each: log, held-out loss, checkpoint."""
         cfg = self.cfg
-        column = "recalled" if self.closed_niah else f"held_out_{self.watched[0]}"
+        by_recall = self.closed and self.examples is None
+        column = "recalled" if by_recall else f"held_out_{self.watched}"
         held_out = math.nan
         for step in range(self.first_step, cfg.steps):
             began = time.time()
@@ -470,8 +542,8 @@ class Run:
             row = dict(step=step, loss=self.loss, grad_norm=float(self.grad_norm),
                        lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
             if done % cfg.eval_every == 0 or done == cfg.steps:
-                held_out = row[column] = self.recalled() if self.closed_niah \
-                    else self.held_out_loss(*self.watched[1:])
+                held_out = row[column] = self.recalled() if by_recall \
+                    else self.held_out_loss(self.arms[self.watched], self.passes)
             if self.rank == 0:
                 with open(self.out / "log.jsonl", "a") as f:
                     f.write(json.dumps(row) + "\n")
@@ -494,11 +566,9 @@ class Run:
 
     def recalled(self, n=50):
         """Closed book: the share of n held-out texts of four facts that phi answers from."""
-        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["blind"], [4], [0],
-                                n, 0)
+        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["blind"], [4], [0], n,
+                                0)
         return sum(r["recall"] for r in rows) / n
-
-    # -- held-out loss ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def held_out_loss(self, memory, passes=1, n=128):
@@ -510,26 +580,25 @@ class Run:
         size = self.cfg.batch_size if backbone.cfg.family != "tiny" else 64
         examples = self.held_examples
         if examples is None:
-            count = niah.token_counter(self.tokenizer, backbone.cfg)
-            samples = niah.make_samples(self.cfg.tasks, self.cfg.context, n, 0, "eval", count)
+            counter = niah.token_counter(self.tokenizer, backbone.cfg)
+            samples = niah.make_samples(self.cfg.tasks, self.cfg.context, n, 0, "eval", counter)
             examples = niah_examples(self.tokenizer, backbone.cfg, samples)
         total = 0.0
         count = 0
         for i in range(0, len(examples), size):
             batch = collate(examples[i:i + size], backbone.cfg, self.width, generator)
-            start = int(batch.given[0].sum())
             t = (torch.arange(len(batch.t)) + 0.5) / len(batch.t)
             rows = Batch(*(x.to(self.device) for x in batch._replace(t=t)))
             xt, masked = corrupt(rows.x0, rows.t, rows.given, backbone.cfg.mask_id, rows.u)
             if not masked.any():
                 continue
-            ratio = masked.sum(1) / (~rows.given).sum(1)                # (B,)
             if memory is None:
                 phi, *_ = memdlm.adapt_to_response(backbone, rows.x0, rows.given, rows.attend,
                                                    rows.t, rows.u, self.inner)
                 logits = backbone(xt, rows.attend, masked, phi)         # (N, V)
             else:
-                predict, state = memory(backbone, xt, rows.attend, start)
+                predict, state = memory(backbone, xt, rows.attend, int(rows.given[0].sum()))
+                ratio = masked.sum(1) / (~rows.given).sum(1)            # (B,)
                 for _ in range(passes):
                     logits, state = predict(xt, ratio, state, masked)   # (N, V)
             total += F.cross_entropy(logits.float(), rows.x0[masked], reduction="sum").item()
@@ -548,10 +617,10 @@ class Run:
                      optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict())
         write_atomically(self.out / "resume.pt", lambda path: torch.save(state, path))
         if self.meta is not None:
-            metastate.save(self.meta, self.out, self.base, self.fingerprint)
+            metastate.save(self.meta, self.out, self.cfg.source, self.fingerprint)
             return
         if self.cfg.lora:
-            save_adapter(self.backbone, self.out, self.base)
+            save_adapter(self.backbone, self.out, self.base or self.cfg.source)
         else:
             save_backbone(self.backbone, self.out, self.tokenizer)
         # without a checksum: this file may be edited, and is validated when it is read
@@ -569,6 +638,7 @@ class Run:
         """Go on from resume.pt, from the start if there is none yet. The log is cut there: it has
         one row a step, and those behind the checkpoint will be written again."""
         path = self.out / "resume.pt"
+        said = f"--resume: {self.out} holds no checkpoint, the run starts from the beginning"
         if path.exists():
             state = read_state(path)
             saved = state["settings"]
@@ -583,27 +653,22 @@ class Run:
             self.schedule.load_state_dict(state["schedule"])
             self.first_step = state["step"]
             self.seconds = state["seconds"]
-        if self.rank > 0:
-            return
+            said = f"resumed {self.out} at step {self.first_step}"
         log = self.out / "log.jsonl"
-        if log.exists():
+        if self.rank == 0 and log.exists():
             kept = "".join(log.read_text().splitlines(keepends=True)[:self.first_step])
             write_atomically(log, lambda part: Path(part).write_text(kept))
-        if path.exists():
-            print(f"resumed {self.out} at step {self.first_step}")
-        else:
-            print(f"--resume: {self.out} holds no checkpoint, the run starts from the beginning")
+        if self.rank == 0:
+            print(said)
 
 
 def read_state(path):
-    """The contents of a resume.pt. ValueError if anything in it is not as it was written, OSError
-    if the file cannot be opened."""
+    """The contents of a resume.pt. ValueError if it is not as it was written, OSError if it cannot
+    be opened."""
     try:
         if zipfile.ZipFile(path).testzip():                 # torch.load looks at no checksum
             raise ValueError("a checksum does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("step", "seconds", "trained", "optimizer", "schedule", "settings")
-        return {name: state[name] for name in names}
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise OSError(f"{path} cannot be opened ({e})") from None
     except Exception as e:
@@ -614,24 +679,17 @@ def read_state(path):
 # ------------------------------------------------------------------------------------------------
 # 4. Several processes, and one folder for each run.
 
-def ranks():
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def join_ranks(cfg):
     """Under torchrun: one device for each process. The current CUDA device is set before anything
     touches CUDA, because NCCL and fully_shard put what they make on the current one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and cfg.device != "cpu":
+    on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    if on_gpu:
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl")
-        cfg.device = f"cuda:{local}"
-    else:
-        dist.init_process_group("gloo")
-        cfg.device = "cpu"
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    cfg.device = f"cuda:{local}" if on_gpu else "cpu"
 
 
 def shard(backbone):
@@ -647,7 +705,7 @@ def shard(backbone):
             fully_shard(layer, mesh=mesh, ignored_params=whole)
 
 
-def check_out(cfg, base=None):
+def check_out(cfg, base):
     """ValueError if --out is taken, or if writing there could touch what the run reads."""
     out = Path(cfg.out).resolve()
     for folder in {base, cfg.init, cfg.backbone} - {None, "tiny"}:
@@ -670,13 +728,12 @@ def locked(out):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
         try:
-            import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out} is in use by another run: wait for its end, or name another "
                              f"--out") from None
-        except (ImportError, OSError):
-            pass                            # Windows, or a file system without locks
+        except OSError:
+            pass                                            # a file system without locks
         yield
 
 
@@ -689,52 +746,43 @@ def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, met
     in fp32 with gradient and two Adam moments. scored: share of the positions at which logits are
     computed. An estimate by counting tensors, good to about 20 %; fragmentation and the
     framework's own memory (about 1 GB) come on top."""
-    inner = inner or MemDLMConfig()
-    D = model_cfg.d_model
+    passes, first = 1, 0                                    # layers below `first` keep nothing
+    phi = {}
     with torch.device("meta"):
-        model = Backbone(model_cfg)
-        weights = sum(p.numel() for p in model.parameters())
-        trained = weights
+        module = Backbone(model_cfg)
+        weights = sum(p.numel() for p in module.parameters())
+        if method == "memdlm":
+            phi = memdlm.init_phi(module, [0], inner or MemDLMConfig())
         if method == "metastate":
-            trained = sum(p.numel() for p in metastate.build(model_cfg, meta_cfg).parameters())
+            module = metastate.build(model_cfg, meta_cfg)
+            passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
         elif lora:
-            model.add_lora(lora, 2 * lora)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        fast = memdlm.init_phi(model, [0], inner) if method == "memdlm" else {}
-        phi = sum(w.A[0].numel() + w.B[0].numel() for w in fast.values())
+            module.add_lora(lora, 2 * lora)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     tokens = batch * length
-    passes = 1
-    first = 0                                               # layers below keep no activation
-    if method == "metastate":
-        passes = meta_cfg.unroll
-        first = meta_cfg.inject_layers[0]
+    layers = model_cfg.n_layers - first
     ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
-    # kept for the backward pass of one layer
-    layer = tokens * (10 * D + 3 * model_cfg.n_heads * model_cfg.head_dim + 4 * ffn) * weight_bytes
-    kept = layer * (model_cfg.n_layers - first)
-    if checkpointing:
-        kept = tokens * D * weight_bytes * (model_cfg.n_layers - first) + layer
+    # kept for the backward pass of one layer, and what is kept where it is computed again
+    layer = tokens * weight_bytes * (10 * model_cfg.d_model + 4 * ffn
+                                     + 3 * model_cfg.n_heads * model_cfg.head_dim)
+    inputs = tokens * weight_bytes * model_cfg.d_model * layers
     return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
             "trained, gradient, Adam": 16 * trained,
             # phi, its gradient, the new phi, a temporary
-            "fast weights": 4 * 4 * phi * batch,
-            "activations": kept * passes,
+            "fast weights": 16 * batch * sum(w.A.numel() + w.B.numel() for w in phi.values()),
+            "activations": passes * (inputs + layer if checkpointing else layers * layer),
             # as computed, in fp32, and their gradient
             "logits": int(tokens * scored) * model_cfg.vocab_size * (weight_bytes + 8) * passes}
 
 
 def show_estimate(sizes):
-    total = sum(sizes.values())
-    unit, size = ("GB", 1e9) if total > 1e9 else ("MB", 1e6)
-    kinds = ", ".join(f"{k} {v / size:.1f}" for k, v in sizes.items() if v)
-    return f"{kinds}; together {total / size:.1f} {unit}"
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sizes.items() if size)
+    return f"{kinds}; together {sum(sizes.values()) / 1e9:.3g} GB"
 
 
 def device_memory(device):
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -742,41 +790,36 @@ def device_memory(device):
 # 6. From flags to a run.
 
 def check_flags(cfg):
-    """ValueError for flags that are wrong whatever the backbone is."""
-    validate(cfg)
+    """ValueError for flags that contradict each other whatever the backbone is."""
+    cfg.out = cfg.out or f"runs/{cfg.method}"
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume goes on with the run in --out, --overwrite deletes it: not both")
     if cfg.data != "niah" and not Path(cfg.data).is_file():
         raise ValueError(f"--data {cfg.data}: no such file (niah, or a JSONL file)")
     if cfg.epochs and cfg.data == "niah":
         raise ValueError("--epochs needs --data FILE; niah texts never repeat: use --steps")
-    if cfg.device == "meta":
-        raise ValueError("--device meta computes nothing; cpu always can")
     if cfg.method == "metastate" and cfg.lora:
         raise ValueError("--lora: MetaState's backbone is frozen; train the adapter with --method "
                          "mdlm and give its folder as --init")
 
 
-def base_of(source):
-    """Where the whole weights of a checkpoint lie: an adapter names its base."""
-    if source == "tiny" or not (find_folder(source) / "adapter_config.json").exists():
-        return source
-    return adapter_base(find_folder(source))
+def find_base(cfg):
+    """The backbone under the adapter that training starts from, or None. An adapter keeps its own
+    rank in training; ValueError if --lora asks for another."""
+    folder = Path("tiny") if cfg.source == "tiny" else find_folder(cfg.source)
+    if not (folder / "adapter_config.json").exists():
+        return None
+    rank = adapter_config(folder).r
+    if cfg.lora not in (None, rank):
+        raise ValueError(f"--lora {cfg.lora}: {cfg.source} is an adapter of rank {rank}, which its "
+                         f"training keeps; leave --lora out, or start from its base")
+    cfg.lora = None if cfg.method == "metastate" else rank
+    return adapter_base(folder)
 
 
-def keep_rank(cfg, source, base):
-    """Training goes on with an adapter's own rank; ValueError if --lora asks for another."""
-    if base != source and cfg.method != "metastate":
-        rank = read_json(find_folder(source) / "adapter_config.json")["r"]
-        if cfg.lora not in (None, rank):
-            raise ValueError(f"--lora {cfg.lora}: {source} is an adapter of rank {rank}, which its "
-                             f"training keeps; leave --lora out, or start from {base}")
-        cfg.lora = rank
-
-
-def fill_in(cfg, family, closed, n_examples=None, world=1):
-    """Replace every None by what it stands for here; returns the key of DEFAULTS. n_examples: the
-    number of training examples in a JSONL file."""
+def fill_in(cfg, family, closed):
+    """Replace every None by what it stands for here, but for steps that follow from epochs (see
+    Run); returns the key of DEFAULTS."""
     if cfg.method == "metastate":
         stage = "metastate"
     elif family != "tiny":
@@ -784,138 +827,41 @@ def fill_in(cfg, family, closed, n_examples=None, world=1):
     elif closed:
         stage = "closed_book"
     else:
-        stage = "finetune" if cfg.init or cfg.backbone != "tiny" else "pretrain"
-    for name, value in DEFAULTS[stage].items():
-        if getattr(cfg, name) is None and name != "steps":
+        stage = "pretrain" if cfg.source == "tiny" else "finetune"
+    defaults = {"checkpointing": family != "tiny", **DEFAULTS[stage]}
+    if cfg.data != "niah" and (cfg.epochs or "epochs" in defaults):
+        del defaults["steps"]
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
             setattr(cfg, name, value)
-    if cfg.steps is None:
-        cfg.steps = DEFAULTS[stage]["steps"]
-        if n_examples and cfg.epochs:
-            rows = cfg.batch_size * cfg.accumulate * world
-            cfg.steps = math.ceil(cfg.epochs * n_examples / rows)
-    if cfg.checkpointing is None:
-        cfg.checkpointing = family != "tiny"
-    cfg.eval_every = cfg.eval_every or max(1, cfg.steps // 10)
     return stage
-
-
-def memory_settings(cfg, model_cfg, inner_options, meta_options):
-    """The settings of both memories, of which --method uses one; ValueError if they cannot work."""
-    # a backbone that was not trained to be written to is read with the paper's inner loop
-    default = None if cfg.method == "memdlm" else "response"
-    inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
-    if cfg.data != "niah":
-        inner.questions = 1
-    inner = validate(dataclasses.replace(inner, **inner_options))
-    meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
-    meta.check(model_cfg.n_layers)
-    closed = is_closed(cfg, inner)
-    shared = inner.questions > 1 and inner.inner_on != "response"
-    if shared and not (closed and cfg.data == "niah"):
-        raise ValueError("--questions: only the closed book on niah texts has several rows about "
-                         "one text")
-    batch_size = cfg.batch_size or DEFAULTS["closed_book"]["batch_size"]
-    if closed and batch_size % inner.questions:
-        raise ValueError(f"--batch_size {batch_size} is not a multiple of --questions "
-                         f"{inner.questions}: rows that ask about one text share its phi")
-    return inner, meta
-
-
-def is_closed(cfg, inner):
-    return cfg.method == "memdlm" and inner.inner_on == "closed_book"
-
-
-def read_data(cfg, tokenizer, model_cfg, closed):
-    """(training, held-out) Examples of a JSONL file, None for niah."""
-    if cfg.data == "niah":
-        return None
-    max_len = min(cfg.max_len, model_cfg.max_len)
-    examples = read_jsonl(cfg.data, tokenizer, model_cfg, max_len, closed)
-    held = max(1, min(64, len(examples) // 10))
-    return examples[:-held], examples[-held:]
-
-
-def prepare(cfg, inner_options, meta_options):
-    """Everything that can be refused is refused here, and then the Run is made."""
-    check_flags(cfg)
-    cfg.out = cfg.out or f"runs/{cfg.method}"
-    source = cfg.init or cfg.backbone
-    base = base_of(source)
-    keep_rank(cfg, source, base)
-    check_out(cfg, base)
-    device = default_device(cfg.device)
-    dtype = cfg.dtype and getattr(torch, cfg.dtype)
-    tokenizer = load_tokenizer(source)
-    torch.manual_seed(cfg.seed)
-    backbone = load_backbone(source, device, dtype)
-    inner, meta_cfg = memory_settings(cfg, backbone.cfg, inner_options, meta_options)
-    closed = is_closed(cfg, inner)
-    if closed and source == "tiny":
-        # learned from noise: a model that reads first binds values to keys far more slowly
-        torch.manual_seed(cfg.seed)
-        backbone = Backbone(BackboneConfig(conv_residual=True)).init_weights().to(device, dtype)
-    to_pretrain = source == "tiny" and not closed and (cfg.method != "mdlm" or bool(cfg.lora))
-    if to_pretrain:
-        # trained below if need be; until then a new backbone stands in
-        cfg.init = f"runs/pretrained-seed{cfg.seed}"
-    data = read_data(cfg, tokenizer, backbone.cfg, closed)
-    stage = fill_in(cfg, backbone.cfg.family, closed, data and len(data[0]), ranks()[1])
-    length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
-    sizes = estimate(backbone.cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner,
-                     meta_cfg, backbone.dtype.itemsize, cfg.checkpointing)
-    if sum(sizes.values()) > device_memory(device):
-        raise ValueError(f"this needs more memory than {device} has "
-                         f"({device_memory(device) / 1e9:.1f} GB): {show_estimate(sizes)}. Try a "
-                         f"smaller --batch_size (with --accumulate), a shorter --max_len, --lora, "
-                         f"--checkpointing")
-    if to_pretrain:
-        pretrain(cfg)
-        backbone = load_backbone(cfg.init, device, dtype)
-    backbone.checkpointing = cfg.checkpointing
-    prepare_weights(backbone, cfg)
-    if ranks()[0] == 0:
-        print(f"memory estimate: {show_estimate(sizes)}")
-    # an adapter trained further stands on its old base; all else on what it started from
-    if base == source or cfg.method == "metastate":
-        base = cfg.init or cfg.backbone
-    return Run(cfg, inner, meta_cfg, backbone, tokenizer, data, base, stage)
-
-
-def prepare_weights(backbone, cfg):
-    """Add the LoRA, unless an adapter was loaded with one, and say which weights are trained."""
-    if cfg.lora and not any("lora" in name for name, _ in backbone.named_parameters()):
-        backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
-    for module in backbone.modules():
-        if getattr(module, "lora_rank", 0):
-            module.lora_dropout = cfg.lora_dropout
-    for name, p in backbone.named_parameters():
-        p.requires_grad_(cfg.method != "metastate" and (not cfg.lora or "lora" in name))
 
 
 def pretrain(cfg):
     """The tiny backbone that memories and adapters start from, trained once with plain MDLM."""
     out = Path(cfg.init)
-    first = TrainConfig(method="mdlm", seed=cfg.seed, out=cfg.init, n_eval=0, device=cfg.device,
-                        resume=out.exists())
     wanted = DEFAULTS["pretrain"]["steps"]
-    if (out / "resume.pt").exists() and read_state(out / "resume.pt")["step"] == wanted:
-        print(f"starting from {out} (pretrained earlier with plain MDLM; delete the folder to do "
-              f"it again)")
-    else:
-        print(f"no --init: first pretraining the tiny backbone with plain MDLM, {wanted} steps, "
-              f"into {out}; later runs reuse it")
-        train(first, {}, {}, show=False)
+    print(f"no --init: starting from the tiny backbone in {out}, pretrained with plain MDLM for "
+          f"{wanted} steps (now, unless it is there; delete the folder to do it again)")
+    if not (out / "resume.pt").exists() or read_state(out / "resume.pt")["step"] != wanted:
+        train(Run(TrainConfig(method="mdlm", seed=cfg.seed, out=cfg.init, device=cfg.device,
+                              resume=out.exists()), {}, {}))
 
 
-def train(cfg, inner_options, meta_options, show=True):
-    """One run from start to end; returns the Run. show: print the tables at the end."""
-    run = prepare(cfg, inner_options, meta_options)
+def train(run):
+    """One run from start to end."""
+    cfg = run.cfg
+    check_out(cfg, run.base)
+    run.load()
     with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
         if run.rank == 0:
-            check_out(cfg)                                  # another run may have just ended here
+            check_out(cfg, run.base)                        # another run may have just ended here
             for name in WRITTEN if cfg.overwrite else ():
                 (run.out / name).unlink(missing_ok=True)
-            introduce(run)
+            trained = sum(p.numel() for p in run.trained)
+            print(f"{cfg.method} from {cfg.source} into {cfg.out}: {cfg.steps} steps of "
+                  f"{run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, torch {torch.__version__} on "
+                  f"{run.device}\n{trained:,} trained parameters")
         if run.world > 1:
             dist.barrier()
         if cfg.resume:
@@ -923,117 +869,47 @@ def train(cfg, inner_options, meta_options, show=True):
         with tqdm(total=cfg.steps, initial=run.first_step, desc=run.stage, unit="step",
                   disable=run.rank > 0) as run.bar:
             LOOPS[cfg.method](run)
-        if show and run.world == 1:
-            report(run)
-    return run
-
-
-def introduce(run):
-    """What is trained, on what, before the first step."""
-    cfg = run.cfg
-    trained = sum(p.numel() for p in run.trained)
-    frozen = sum(p.numel() for p in run.backbone.parameters() if not p.requires_grad)
-    print(f"{cfg.method} from {cfg.init or cfg.backbone} into {cfg.out}: {cfg.steps} steps of "
-          f"{run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, torch {torch.__version__} on "
-          f"{run.device}")
-    share = f", {frozen:,} frozen ({100 * trained / frozen:.2f} %)" if frozen else ""
-    print(f"{trained:,} trained parameters{share}")
-    if run.stage == "pretrain":
-        print(f"first loss about ln V = {math.log(run.backbone.cfg.vocab_size):.2f} x the share of "
-              f"masked tokens")
 
 
 def report(run):
-    """The tables at the end, and how to go on."""
+    """What the memory does: off first, then on; and how to go on."""
     cfg = run.cfg
-    how = ["niah.py --checkpoint {} --lengths 64 128 256",
-           "sample.py --checkpoint {} --watch --prompt \"the sky is blue . river = 47 . "
-           "stone = 12 . ? river =\""]
+    model = run.backbone, run.tokenizer
+    flag, lengths = "", "64 128 256"
+    prompt = "the sky is blue . river = 47 . stone = 12 . ? river ="
     if run.closed:
-        report_closed_book(run)
-        how = ["niah.py --checkpoint {} --closed_book --lengths 0 64 256 1024 4096 --n 200",
-               "sample.py --checkpoint {} --closed_book --watch --prompt \"the sky is blue . "
-               "river = 47 . stone = 12 . ? river =\""]
-    elif run.meta is not None:
-        report_metastate(run)
-        how[1] = ("sample.py --checkpoint {} --watch --prompt \"table = 34 . pepper = table . "
-                  "the sky is blue . candle = pepper . ? candle is\"")
+        flag, lengths = " --closed_book", "0 64 256 1024 4096 --n 200"
+        if cfg.n_eval:
+            rows = niah.closed_book(*model, run.inner, ["none", "blind", "phi", "other", "open"],
+                                    [4, 8], [0, cfg.context, 4 * cfg.context], cfg.n_eval, 1,
+                                    run.out / "closed_book.jsonl")
+            print("\nclosed book: the text is written into the weights, then hidden; recall in %")
+            print(niah.closed_table(rows))
     else:
-        report_two_arms(run)
+        off, on = (run.held_out_loss(memory, run.passes) for memory in run.arms.values())
+        if run.meta is None:
+            print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}; leaky, "
+                  f"an upper bound and no result: {run.held_out_loss(None):.3f}")
+        else:
+            lengths = "64 --tasks resolve --passes 8"
+            prompt = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
+            print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas {on:.3f}")
+        if cfg.n_eval:
+            rows = niah.evaluate(*model, run.arms, list(dict.fromkeys(cfg.tasks)), [cfg.context],
+                                 cfg.n_eval, 1, run.out / "niah.jsonl")
+            print(niah.table(rows))
+    if cfg.n_eval:
+        print(f"n = {cfg.n_eval} a cell, 95 % intervals over texts")
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory "
-          f"{peak_memory() / 1e9:.2f} GB\n\ngo on with")
-    for command in how:
-        print(f"  python {command.format(cfg.out)}")
-
-
-def report_closed_book(run):
-    cfg = run.cfg
-    if cfg.n_eval:
-        print("\nclosed book: the text is written into the weights, then hidden; recall in %")
-        rows = niah.closed_book(run.backbone, run.tokenizer, run.inner,
-                                ["none", "blind", "phi", "other", "open"], [4, 8],
-                                [0, cfg.context, 4 * cfg.context], cfg.n_eval, 1,
-                                run.out / "closed_book.jsonl")
-        print(f"{niah.closed_table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over texts")
-
-
-def report_metastate(run):
-    cfg = run.cfg
-    arm, memory, passes = run.watched
-    arms = {"frozen": no_memory, arm: memory}
-    print(f"\nheld-out loss: frozen {run.held_out_loss(no_memory):.3f}, second pass over the same "
-          f"canvas {run.held_out_loss(memory, passes):.3f}")
-    if cfg.n_eval:
-        print("\npasses over an unchanged, fully masked answer, then one commit")
-        rows = niah.recompute(run.backbone, run.tokenizer, arms, distinct(cfg.tasks), cfg.context,
-                              cfg.n_eval, 1, 8, run.out / "passes.jsonl")
-        print(f"{niah.table(rows, by='steps')}\n\ndecoding")
-        decode(run, arms)
-
-
-def report_two_arms(run):
-    """Memory off first; fitted to the scored tokens, an upper bound, last."""
-    memory = memdlm.prompt_memory(run.inner)
-    off, on, leaky = (run.held_out_loss(arm) for arm in (no_memory, memory, None))
-    print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}   (leaky, fitted "
-          f"to the scored tokens: {leaky:.3f}; an upper bound, no result)")
-    if run.cfg.n_eval:
-        decode(run, {"off": no_memory, "on": memory})
-
-
-def decode(run, arms):
-    cfg = run.cfg
-    rows = niah.evaluate(run.backbone, run.tokenizer, arms, distinct(cfg.tasks), [cfg.context],
-                         cfg.n_eval, 1, run.out / "niah.jsonl")
-    print(f"{niah.table(rows)}\nn = {cfg.n_eval} a cell, 95 % intervals over samples")
-
-
-def distinct(tasks):
-    return list(dict.fromkeys(tasks))
-
-
-def print_estimate(cfg, inner_options, meta_options):
-    check_flags(cfg)
-    source = cfg.init or cfg.backbone
-    base = base_of(source)
-    model_cfg = BackboneConfig()
-    if base != "tiny":
-        path = find_folder(base) / "config.json"
-        model_cfg = config_from_json(read_json(path), path)
-    keep_rank(cfg, source, base)
-    inner, meta_cfg = memory_settings(cfg, model_cfg, inner_options, meta_options)
-    fill_in(cfg, model_cfg.family, is_closed(cfg, inner))
-    sizes = estimate(model_cfg, cfg.method, cfg.batch_size, cfg.max_len, cfg.lora, 1.0, inner,
-                     meta_cfg, checkpointing=cfg.checkpointing)
-    print(f"{cfg.method} on {source}, batch {cfg.batch_size} x {cfg.max_len} tokens:\n"
-          f"{show_estimate(sizes)}")
+          f"{peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
+          f"  python niah.py --checkpoint {cfg.out}{flag} --lengths {lengths}\n"
+          f"  python sample.py --checkpoint {cfg.out}{flag} --watch --prompt \"{prompt}\"")
 
 
 # ------------------------------------------------------------------------------------------------
 # 7. Command line.
 
-def parse(argv=None):
-    """TrainConfig, the MemDLM and MetaState flags that were given, and whether to --estimate."""
+def main():
     parser = argparse.ArgumentParser(
         description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
                     "runs on a laptop in minutes: it trains a tiny model whose weights can be "
@@ -1042,21 +918,18 @@ def parse(argv=None):
     for title, cls in (("MemDLM", MemDLMConfig), ("MetaState", MetaStateConfig)):
         group = parser.add_argument_group(f"{title}; defaults depend on the backbone")
         add_flags(group, cls, defaults=False)
-    parser.add_argument("--estimate", action="store_true",
-                        help="print the memory that training would need, and stop (reads "
-                             "config.json only)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--estimate", action="store_true", help="print the memory that training "
+                        "would need, and stop (reads config.json only)")
+    args = parser.parse_args()
     cfg = TrainConfig(**given_flags(TrainConfig, args))
-    return cfg, given_flags(MemDLMConfig, args), given_flags(MetaStateConfig, args), args.estimate
-
-
-def main():
-    cfg, inner_options, meta_options, only_estimate = parse()
-    if only_estimate:
-        return print_estimate(cfg, inner_options, meta_options)
     join_ranks(cfg)
-    train(cfg, inner_options, meta_options)
-    if dist.is_initialized():
+    run = Run(cfg, given_flags(MemDLMConfig, args), given_flags(MetaStateConfig, args))
+    if args.estimate:
+        return
+    train(run)
+    if run.world == 1:
+        report(run)
+    else:
         dist.barrier()
         dist.destroy_process_group()
 
