@@ -8,29 +8,32 @@ So the loop takes the memory as an argument: `memory(backbone, xt, attend, start
 is called once, `predict(xt, t, state, at) -> logits, state` at every step. Without memory the state
 is None, for MetaState it is the slots, for MemDLM the fast weights phi.
 Shapes: B batch, L canvas = prompt (left-padded) + answer, V vocabulary, N chosen positions
-Read as: logits are computed only where a token can be chosen (masked, up to the end of the block);
-ties in `topk` are kept as the official code has them, because it is the same call on the same
-full-length row. A row whose end-of-text has no mask before it is finished: what lies behind is set
-to end-of-text and it takes no further part.
-Token for token the official samplers in fp32 (test_all.py holds ten-line references), except that
+Read as: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
+bf16 a row may come out differently alone and padded in a batch, as theirs do), except that
+- logits are computed only where a token can be chosen: masked, up to the end of the block;
+- a row whose end-of-text has no mask before it is finished and takes no further part;
 - with noise and steps > gen_length the official loop goes on drawing random numbers after a block
   is full, this one goes on to the next block;
 - Dream in bf16 is never silently greedy (see dream_token);
 - a [MASK] written in a prompt is text: it is never filled in and uses up no commits.
-In bf16 a row may come out differently alone and padded in a batch, as the official code's rows do.
 Run: python sample.py --checkpoint runs/memdlm --prompt "river = 47 . ? river =" --watch
 """
 import argparse
 import dataclasses
+import json
 import re
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+import memdlm
+import metastate
 from backbone import (BackboneConfig, add_flags, cli, config_from_dict, encode, encode_prompt,
                       given_flags, load_backbone, load_tokenizer, option, read_json, validate)
 
@@ -85,16 +88,15 @@ class Decoding:
 
     def explain(self):
         """The schedule in words: tokens per step and forward passes (LLaDA's orders)."""
-        steps = self.steps // self.blocks
-        counts = split_evenly(torch.tensor([self.block_length]), steps)[0].tolist()
-        runs = ", then ".join(f"{n} x {counts.count(n)}" for n in dict.fromkeys(counts))
         blocks = f"{self.blocks} block(s) of {self.block_length} tokens, left to right; "
         if self.threshold is not None:
             return (f"{blocks}each step commits every token with confidence >= {self.threshold}, "
                     "at least one")
-        passes = self.steps * (2 if self.cfg else 1)
+        steps = self.steps // self.blocks
+        counts = split_evenly(torch.tensor([self.block_length]), steps)[0].tolist()
+        runs = ", then ".join(f"{n} x {counts.count(n)}" for n in dict.fromkeys(counts))
         return (f"{blocks}{steps} steps a block committing {runs} tokens; "
-                f"{passes} forward passes in all")
+                f"{self.steps * (2 if self.cfg else 1)} forward passes in all")
 
 
 def no_memory(backbone, xt, attend, start):
@@ -110,12 +112,9 @@ def left_pad(prompts, pad_id, device):
     ValueError if a prompt, or the list, is empty."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    L = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), L), pad_id, dtype=torch.long)
-    attend = torch.zeros(len(prompts), L, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, L - len(prompt):] = torch.as_tensor(prompt)
-        attend[row, L - len(prompt):] = True
+    prompts = [torch.as_tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(prompts, True, pad_id, "left")
+    attend = pad_sequence([torch.ones_like(p, dtype=torch.bool) for p in prompts], True, 0, "left")
     return ids.to(device), attend.to(device)
 
 
@@ -129,17 +128,16 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
     memory: see the header. stop_early: a row ends with its end-of-text. on_step(xt, new, state):
     called after every commit; new (B, L) bool marks the tokens just committed."""
     config = backbone.cfg
-    mask_id = config.mask_id
     if isinstance(prompts, (list, tuple)):
         prompts, attend = left_pad(prompts, config.pad_id, backbone.device)
     B, start = prompts.shape
     how = Decoding(**settings).filled(config, start)
     last = config.stop_ids if how.eos == "last" else []
     # 1. The canvas: the prompts, and behind them nothing but masks
-    answer = torch.full((B, how.gen_length), mask_id, device=backbone.device)
+    answer = torch.full((B, how.gen_length), config.mask_id, device=backbone.device)
     xt = torch.cat([prompts.to(answer), answer], dim=1)                     # (B, L)
     if attend is not None:
-        attend = torch.cat([attend.to(answer.device).bool(), answer == mask_id], dim=1)
+        attend = torch.cat([attend.to(answer.device).bool(), answer == config.mask_id], dim=1)
     position = torch.arange(xt.shape[1], device=xt.device)
     done = torch.zeros(B, dtype=torch.bool, device=xt.device)
     # 2. The memory sees the prompt
@@ -147,21 +145,22 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
     for end in range(start + how.block_length, xt.shape[1] + 1, how.block_length):
         # 3. How many tokens each step of this block commits. With a threshold there are as many
         # steps as masks, since each commits at least one
-        masked = (xt == mask_id) & (position >= start) & (position < end)
-        counts = split_evenly((masked & (position >= end - how.block_length)).sum(1),
-                              how.steps // how.blocks)                      # (B, steps)
+        reached = (position >= start) & (position < end)
+        masks = (xt == config.mask_id) & reached
+        in_block = (masks & (position >= end - how.block_length)).sum(1)
+        counts = split_evenly(in_block, how.steps // how.blocks)            # (B, steps)
         if how.threshold is not None:
-            counts = torch.ones(B, int(masked.sum(1).max()), dtype=torch.long)
+            counts = torch.ones(B, int(masks.sum(1).max()), dtype=torch.long)
         for step in range(counts.shape[1]):
-            at = (xt == mask_id) & (position >= start) & (position < end) & ~done[:, None]
+            at = (xt == config.mask_id) & reached & ~done[:, None]
             if not at.any():
                 break
             # 4. Predict the masked tokens; t (B,) is the answer's actual mask ratio
-            t = (xt[:, start:] == mask_id).float().mean(1)
+            t = (xt[:, start:] == config.mask_id).float().mean(1)
             logits, state = predict(xt, t, state, at)                       # (N, V)
             if how.cfg > 0:
                 # guidance: the same canvas without its prompt, and without a memory of it
-                free, _ = predict(xt.masked_fill(position < start, mask_id), t, None, at)
+                free, _ = predict(xt.masked_fill(position < start, config.mask_id), t, None, at)
                 logits = free + (how.cfg + 1) * (logits - free)
             if how.eos == "forbid":
                 logits[:, config.eos_id] = -torch.inf
@@ -221,7 +220,7 @@ def choose_llada(logits, at, counts, how, last):
             ranked = float64(ranked)
         p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0]
         confidence = on_canvas(p, at, -torch.inf)                           # (B, L)
-    new = torch.zeros(confidence.shape, dtype=torch.bool, device=confidence.device)
+    new = torch.zeros_like(confidence, dtype=torch.bool)
     for row in range(len(new)):
         if how.threshold is None:
             new[row, torch.topk(confidence[row], int(counts[row])).indices] = True
@@ -237,14 +236,12 @@ def choose_dream(logits, at, step, how, eps=1e-3):
     logits (N, V) at the positions `at` (B, L). Returns positions (B, L) bool and tokens (B, L)."""
     # in fp32, because the counts are truncated from it
     schedule = torch.linspace(1, eps, how.steps + 1)
-    share = 1.0
-    if step < how.steps - 1:
-        share = (1 - schedule[step + 1] / schedule[step]).item()
+    share = 1.0 if step == how.steps - 1 else (1 - schedule[step + 1] / schedule[step]).item()
     if how.remasking == "origin":
         # as in training, each mask on its own
         chosen = torch.rand(len(logits), device=at.device) < share          # (N,)
         new = on_canvas(chosen, at, False)
-        tokens = torch.zeros(at.shape, dtype=torch.long, device=at.device)
+        tokens = torch.zeros_like(at, dtype=torch.long)
         if chosen.any():
             tokens[new] = dream_token(logits[chosen], how)[0]
         return new, tokens
@@ -274,18 +271,17 @@ def choose_dream(logits, at, step, how, eps=1e-3):
 def dream_token(logits, how):
     """A token per row (N,) and the distribution it came from (N, V), in the logits' own dtype.
 
-    top_p and top_k reshape the confidence even at temperature 0. Differs: the draw is from an fp32
-    softmax. In bf16 the probabilities need not sum to 1, torch's Categorical refuses them, and the
-    official loop swallows that error and takes the likeliest token at every position of the step.
-    In fp32 nothing differs."""
+    top_p and top_k reshape the confidence even at temperature 0. Differs in bf16: the draw is from
+    an fp32 softmax. Probabilities in bf16 need not sum to 1; torch's Categorical refuses them, and
+    the official loop swallows that error and takes the likeliest token everywhere."""
     lowest = torch.finfo(logits.dtype).min
     if how.temperature > 0:
         logits = (logits / how.temperature).clamp(lowest, -lowest)
     if how.top_p is not None and how.top_p < 1:
         ordered, index = logits.sort(descending=True)
-        beyond = ordered.softmax(-1).cumsum(-1) > how.top_p
         # the token that passes the threshold is kept
-        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1)
+        beyond = (ordered.softmax(-1).cumsum(-1) > how.top_p).roll(1, -1)
+        beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), lowest)
     if how.top_k is not None:
         weakest = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
@@ -316,40 +312,52 @@ def cut(ids, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line. Only from here on is it known which memories exist.
+# Command line. Everything above takes any memory; from here on it is one of the two.
 
 def load_arms(checkpoint, device=None, dtype=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which it can be run.
 
-    Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt, with the settings it
-    was trained with). A MetaState checkpoint: "frozen" (its backbone alone), "metastate", "reset"
-    (its slots put back at every step) and "both" (fast weights adapted to the prompt under it); a
-    control: "frozen" and its own name. First comes the plain model, then the memory."""
-    import memdlm
-    import metastate
+    Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt). A MetaState
+    checkpoint: "frozen" (its backbone alone), "metastate", "reset" (its slots put back at every
+    step) and "both" (fast weights under it); a control: "frozen" and its own name. First comes the
+    plain model, then the memory."""
     path = Path(checkpoint)
-    if (path / "metastate.json").exists():
-        meta, backbone, base = metastate.load(path, device, dtype)
-        arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
-        if meta.settings.memory == "slots":
-            reset_config = dataclasses.replace(meta.settings, memory="reset")
-            reset = metastate.build(backbone.cfg, reset_config).to(backbone.device)
-            reset.load_state_dict(meta.state_dict())
-            arms["reset"] = reset.memory()
-            arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
-        return backbone, load_tokenizer(base), arms
-    backbone = load_backbone(checkpoint, device, dtype)
-    arms = {"off": no_memory, "on": memdlm.prompt_memory(inner_loop_settings(path))}
-    return backbone, load_tokenizer(checkpoint), arms
+    if not (path / "metastate.json").exists():
+        backbone = load_backbone(checkpoint, device, dtype)
+        arms = {"off": no_memory, "on": memdlm.prompt_memory(inner_loop_settings(path))}
+        return backbone, load_tokenizer(checkpoint), arms
+    meta, backbone, base = metastate.load(path, device, dtype)
+    arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
+    if meta.settings.memory == "slots":
+        reset = metastate.Reset(backbone.cfg, meta.settings).to(backbone.device)
+        reset.load_state_dict(meta.state_dict())
+        arms["reset"] = reset.memory()
+        arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
+    return backbone, load_tokenizer(base), arms
 
 
 def inner_loop_settings(folder):
     """What train.py wrote beside a checkpoint; the paper's settings for any other.
 
     ValueError names the file and the entry that is wrong."""
-    from memdlm import MemDLMConfig
     path = Path(folder) / "memory.json"
-    return config_from_dict(MemDLMConfig, read_json(path) if path.exists() else {}, path)
+    return config_from_dict(memdlm.MemDLMConfig, read_json(path) if path.exists() else {}, path)
+
+
+def close_book(backbone, tokenizer, texts, folder):
+    """Prompts -> their questions, {arm: memory}, the hidden texts (ids, attend). ValueError if a
+    prompt is only a question."""
+    questions, contexts = [], []
+    for text in map(str.strip, texts):
+        at = text.rfind("\n") + 1 or text.rfind("?")
+        if at < 1:
+            raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
+                             f"with a line of its own, or with \"? ...\"")
+        contexts.append(encode(tokenizer, text[:at].strip()))
+        questions.append(text[at:])
+    ids, attend = left_pad(contexts, backbone.cfg.pad_id, backbone.device)
+    phi = memdlm.adapt_to_prompt(backbone, ids, attend, attend, inner_loop_settings(folder))
+    return questions, {"none": no_memory, "blind": memdlm.written(phi)}, (ids, attend)
 
 
 def peak_memory():
@@ -369,112 +377,124 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
-class Viewer:
-    """Looks over a memory's shoulder: counts forward passes and prints the canvas and the slots."""
+class Frame(NamedTuple):
+    """What one step left behind: of the answers (B, gen_length), and of the prompts (B, L)."""
+    tokens: torch.Tensor        # where a mask is left, its likeliest token
+    sure: torch.Tensor          # the model's probability of that token; -1 where never asked
+    kind: torch.Tensor          # 0 a mask, 1 committed, 2 committed in this step
+    read: torch.Tensor = None   # of the prompts: the Mixer's mean weights; None without slots
 
-    def __init__(self, memory, tokenizer, config, colour):
+
+class Viewer:
+    """Looks over a memory's shoulder: counts forward passes and keeps a frame of every step."""
+
+    def __init__(self, name, memory, backbone, tokenizer, watch=False):
+        self.name = name
         self.watched = memory
+        self.backbone = backbone
         self.tokenizer = tokenizer
-        self.mask_id = config.mask_id
-        self.mark = "\x1b[32;1m{}\x1b[0m" if colour else "[{}]"
+        self.watch = watch
         self.passes = 0
         self.slots = 0
+        self.asked = []
 
     def memory(self, backbone, xt, attend, start):
         """The `memory` argument of generate."""
-        self.start = start
+        self.start, self.prompt, self.attend = start, xt[:, :start], attend[:, :start]
+        self.sure = torch.full(xt.shape, -1.0, device=xt.device)
+        masks = xt[:, start:]
+        self.frames = [Frame(masks, self.sure[:, start:], torch.zeros_like(masks))]
         predict, state = self.watched(backbone, xt, attend, start)
+        self.phi = state[1] if isinstance(state, tuple) else state
 
-        def counting(*inputs):
+        def counting(xt, t, state, at):
             self.passes += 1
-            return predict(*inputs)
+            logits, state = predict(xt, t, state, at)
+            self.asked.append((logits, at))
+            return logits, state
         return counting, state
 
-    def word(self, token):
-        if token == self.mask_id:
-            return "·"
-        return " ".join(printable(self.tokenizer.decode([token])).split()) or "␣"
-
-    def show(self, xt, new, state):
+    def step(self, xt, new, state):
         """The `on_step` argument of generate."""
-        for row, fresh in zip(xt[:, self.start:].tolist(), new[:, self.start:].tolist()):
-            words = [self.word(token) for token in row]
-            words = [self.mark.format(word) if f else word for word, f in zip(words, fresh)]
+        # a second pass of the step was guidance's, without the prompt
+        logits, at = self.asked[0]
+        self.asked.clear()
+        masked = xt == self.backbone.cfg.mask_id
+        probs = logits.float().softmax(-1)                                  # (N, V)
+        tokens = torch.where(masked & at, on_canvas(probs.argmax(-1), at, 0), xt)
+        p = probs.gather(1, tokens[at][:, None])[:, 0]
+        self.sure = torch.where(at, on_canvas(p, at, 0.0), self.sure)       # (B, L)
+        kind = torch.where(masked, 0, 1 + new.long())
+        slots, _, weights = state if isinstance(state, tuple) else (None, None, None)
+        read = None if weights is None else weights.mean((1, 2))[:, :self.start]
+        self.frames.append(Frame(*(x[:, self.start:] for x in (tokens, self.sure, kind)), read))
+        if self.watch:
+            self.show(self.frames[-1], slots)
+
+    def show(self, frame, slots):
+        """Print the canvas; how far the slots moved, where the Mixer of the first row looked."""
+        looks = ["·", "{}", "\x1b[32;1m{}\x1b[0m" if sys.stdout.isatty() else "[{}]"]
+        for row, kinds in zip(frame.tokens, frame.kind.tolist()):
+            words = [looks[kind].format(word) for kind, word in zip(kinds, self.words(row))]
             print(f"  pass {self.passes:>3} | {' '.join(words)}")
-        if isinstance(state, tuple) and state[2] is not None:
-            # MetaState: how far its slots moved, and where the Mixer of the first row looked
-            slots, _, weights = state
-            moved = (slots - self.slots).norm(dim=-1).mean().item()
+        if frame.read is not None:
+            places = frame.read[0].topk(min(3, self.start)).indices
+            most = zip(self.words(self.prompt[0, places]), places.tolist())
+            print(f"           slots moved by {(slots - self.slots).norm(dim=-1).mean():.2f}; in "
+                  f"the prompt the Mixer read most: {', '.join(f'{w}@{i}' for w, i in most)}")
             self.slots = slots
-            looked = weights[0].sum((0, 1))[:self.start]                    # (prompt tokens,)
-            places = looked.topk(min(3, len(looked))).indices.tolist()
-            most = ", ".join(f"{self.word(int(xt[0, i]))}@{i}" for i in places)
-            print(f"           slots moved by {moved:.2f}; "
-                  f"in the prompt the Mixer read most: {most}")
+
+    def words(self, ids):
+        """A text that can be shown for each token (L,)."""
+        texts = ["·" if i == self.backbone.cfg.mask_id else self.tokenizer.decode([i])
+                 for i in ids.tolist()]
+        return [" ".join(printable(text).split()) or "␣" for text in texts]
+
+    def decode(self, prompts, how):
+        """Decode the prompts, print answers and cost; returns the answers."""
+        if self.watch:
+            print(f"{self.name}:")
+        began = time.time()
+        ids = generate(self.backbone, prompts, memory=self.memory, on_step=self.step,
+                       **dataclasses.asdict(how))
+        seconds = time.time() - began
+        rows = [cut(row, self.backbone.cfg) for row in ids]
+        answers = [printable(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        for answer in answers:
+            print(f"{self.name:>10}: {answer}")
+        tokens = sum(len(row) for row in rows)
+        print(f"            {self.passes} forward passes, {tokens} tokens, "
+              f"{tokens / seconds:.1f} tokens/s, {peak_memory() / 1e9:.2f} GB peak memory")
+        return answers
 
 
 def arguments():
     parser = argparse.ArgumentParser(
         description="Decode prompts with a masked-diffusion LM, with and without its memory.")
-    parser.add_argument("--checkpoint", help="a folder written by train.py, a hub name "
-                        "(GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
-    parser.add_argument("--prompt", nargs="+", help="one or more prompts, decoded as one batch")
-    parser.add_argument("--arm", help="off | on; frozen | metastate | reset | both "
-                        "(default: the plain model, then the memory)")
+    add = parser.add_argument
+    add("--checkpoint", help="a folder written by train.py, a hub name "
+        "(GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
+    add("--prompt", nargs="+", help="one or more prompts, decoded as one batch")
+    add("--arm", help="off | on; frozen | metastate | reset | both (default: the plain model, then "
+        "the memory)")
     add_flags(parser, Decoding)
-    parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
-                        help="chat template (default: on for Instruct models)")
-    parser.add_argument("--closed_book", action="store_true",
-                        help="write each prompt up to its question (the last line, or the last "
-                        "\"?\" and what follows) into fast weights, hide it, and ask the question")
-    parser.add_argument("--watch", action="store_true",
-                        help="show the canvas after every step, and what the slots read")
-    parser.add_argument("--explain", action="store_true",
-                        help="print the schedule, tokens per step and forward passes, and stop")
-    parser.add_argument("--vocabulary", action="store_true",
-                        help="print the closed vocabulary of the tiny model and stop")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="for temperature > 0 and random orders (default: 0)")
-    parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="default: the checkpoint's own")
+    add("--chat", action=argparse.BooleanOptionalAction,
+        help="chat template (default: on for Instruct models)")
+    add("--closed_book", action="store_true",
+        help="write each prompt up to its question (the last line, or the last \"?\" and what "
+        "follows) into fast weights, hide it, and ask the question")
+    add("--watch", action="store_true",
+        help="show the canvas after every step, and what the slots read")
+    add("--html", metavar="FILE", help="write a page that shows every step and what the memory "
+        "read in the prompt")
+    add("--explain", action="store_true",
+        help="print the schedule, tokens per step and forward passes, and stop")
+    add("--vocabulary", action="store_true",
+        help="print the closed vocabulary of the tiny model and stop")
+    add("--seed", type=int, default=0, help="for temperature > 0 and random orders (default: 0)")
+    add("--device", help="default: cuda, mps or cpu, whichever is there")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's own")
     return parser
-
-
-def close_book(backbone, tokenizer, texts, folder):
-    """Prompts -> what is left of them, {arm: memory}. ValueError if a prompt is only a question."""
-    import memdlm
-    questions = []
-    contexts = []
-    for text in map(str.strip, texts):
-        at = text.rfind("\n") + 1 or text.rfind("?")
-        if at < 1:
-            raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
-                             f"with a line of its own, or with \"? ...\"")
-        contexts.append(encode(tokenizer, text[:at].strip()))
-        questions.append(text[at:])
-    ids, attend = left_pad(contexts, backbone.cfg.pad_id, backbone.device)
-    phi = memdlm.adapt_to_prompt(backbone, ids, attend, attend, inner_loop_settings(folder))
-    return questions, {"none": no_memory, "blind": memdlm.written(phi)}
-
-
-def decode_and_print(name, memory, backbone, tokenizer, prompts, how, watch):
-    """Decode the prompts with one arm, print answers and cost; returns the answers."""
-    viewer = Viewer(memory, tokenizer, backbone.cfg, sys.stdout.isatty())
-    if watch:
-        print(f"{name}:")
-    began = time.time()
-    ids = generate(backbone, prompts, memory=viewer.memory, on_step=viewer.show if watch else None,
-                   **dataclasses.asdict(how))
-    seconds = time.time() - began
-    rows = [cut(row, backbone.cfg) for row in ids]
-    answers = [printable(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    for answer in answers:
-        print(f"{name:>10}: {answer}")
-    tokens = sum(len(row) for row in rows)
-    print(f"            {viewer.passes} forward passes, {tokens} tokens, "
-          f"{tokens / seconds:.1f} tokens/s, {peak_memory() / 1e9:.2f} GB peak memory")
-    return answers
 
 
 def main():
@@ -483,35 +503,201 @@ def main():
     how = Decoding(**given_flags(Decoding, args))
     if args.vocabulary:
         from niah import vocabulary
-        print(" ".join(vocabulary()))
-        return
+        return print(" ".join(vocabulary()))
     if args.explain and not args.checkpoint:
-        print(how.filled(BackboneConfig(family="llada", max_len=sys.maxsize)).explain())
-        return
+        any_model = BackboneConfig(family="llada", max_len=sys.maxsize)
+        return print(how.filled(any_model).explain())
     if not args.checkpoint or not (args.prompt or args.explain):
         parser.error("--checkpoint and --prompt are needed")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype)
+    hidden = None
     if args.closed_book and args.prompt:
-        args.prompt, arms = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
+        args.prompt, arms, hidden = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
     how = how.filled(backbone.cfg)
     if args.explain:
-        print(how.explain())
-        return
+        return print(how.explain())
     if args.chat is not None:
         backbone.cfg.chat = args.chat
     if args.arm and args.arm not in arms:
         raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {args.arm}")
     prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt]
+    if args.html:
+        # a path that cannot be written is refused before the work
+        Path(args.html).touch()
+    viewers = [Viewer(name, arms[name], backbone, tokenizer, args.watch)
+               for name in ([args.arm] if args.arm else list(arms)[:2])]
     answers = []
-    for name in [args.arm] if args.arm else list(arms)[:2]:
+    for viewer in viewers:
         # the arms see the same random numbers
         torch.manual_seed(args.seed)
-        answers.append(decode_and_print(name, arms[name], backbone, tokenizer, prompts, how,
-                                        args.watch))
+        answers.append(viewer.decode(prompts, how))
     if len(answers) == 2:
         changed = sum(plain != remembered for plain, remembered in zip(*answers))
         print(f"the memory changed {changed} of {len(prompts)} answers")
+    if args.html:
+        Path(args.html).write_text(page(args.checkpoint, viewers, hidden), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# The page of --html.
+
+@torch.no_grad()
+def gained(backbone, phi, ids, attend):
+    """How much phi raises the log-probability of each token where it alone is masked, (B, L) in
+    nats. The text stands alone, without question and answer, as when it was written."""
+    gains = []
+    for i in range(ids.shape[1]):
+        at = torch.zeros_like(attend)
+        at[:, i] = True
+        xt = ids.masked_fill(at, backbone.cfg.mask_id)
+        off, on = (backbone(xt, attend, at, p).float().log_softmax(-1) for p in (None, phi))
+        gains.append((on - off).gather(1, ids[:, i:i + 1]))                 # (B, 1)
+    return torch.cat(gains, dim=1)
+
+
+def page(title, viewers, hidden=None):
+    """A self-contained page of what the viewers recorded. hidden: ids and attend (B, L) of the
+    texts from which phi was written, if the prompts do not hold them (close_book)."""
+    words, prompt = viewers[0].words, (viewers[0].prompt, viewers[0].attend)
+    # a heading, what its colours mean, ids and attend, a value for each token at step 0, 1, ...
+    panels = []
+    for v in viewers:
+        if v.frames[-1].read is not None:
+            panels.append((f"{v.name}: what the Mixer reads", "share of its attention, mean over "
+                           "heads and slots", prompt, [frame.read for frame in v.frames]))
+        if v.phi is not None:
+            text = hidden or prompt
+            panels.append((f"{v.name}: what phi knows", "log-probability of each token, masked "
+                           "alone: with phi minus without, in nats", text,
+                           [gained(v.backbone, v.phi, *text)]))
+    if hidden or not panels:
+        panels.append(("what every arm sees", "", prompt, [None]))
+    rows = []
+    for row in range(len(prompt[0])):
+        row_panels = []
+        for name, about, (ids, attend), values in panels:
+            own = attend[row]
+            values = [None if value is None else value[row, own].tolist() for value in values]
+            own_words = words(ids[row, own])
+            row_panels.append(dict(name=name, about=about, words=own_words, values=values))
+        row_arms = []
+        for v in viewers:
+            frames = [dict(words=words(frame.tokens[row]), sure=frame.sure[row].tolist(),
+                           kind=frame.kind[row].tolist()) for frame in v.frames]
+            row_arms.append(dict(name=v.name, frames=frames))
+        rows.append(dict(panels=row_panels, arms=row_arms))
+    # without any "<", because a tokenizer may hold "</script>"
+    return PAGE.replace("DATA", json.dumps(dict(title=title, rows=rows)).replace("<", "\\u003c"))
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Denoising, step by step</title>
+<style>
+/* viridis: the colour-blind can read it too */
+:root { --scale: linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725);
+        color-scheme: light dark; font: clamp(18px, 1.5vw, 34px)/1.5 system-ui, sans-serif }
+body { margin: 0 2rem 2rem }
+header { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
+.row { display: flex; gap: 2rem }
+.row > * { flex: 1; min-width: 0 }
+.row > :is(h1, b) { flex: none }
+h1, h2 { margin: .6rem 0 0; font-size: 1.2rem }
+b { align-self: center }
+input { outline: none }
+.text { max-height: 40vh; overflow: auto }
+.canvas { font-size: 1.2rem }
+.token { display: inline-block; margin: .15em; padding: 0 .35em; border: 3px solid transparent;
+         border-radius: .3em; overflow-wrap: anywhere }
+.mask { font-style: italic; border: 3px dashed }
+.new { font-weight: bold; border-color: Canvas; outline: 4px solid CanvasText }
+.bar { display: inline-block; width: 8rem; height: .7em; margin: 0 .5em; background: var(--scale) }
+.map { display: grid; gap: 2px; margin-top: 1rem; font-size: min(1rem, 30vh / var(--steps)) }
+.map div { height: 1.3em; line-height: 1.3; text-align: center; white-space: nowrap }
+</style>
+<header>
+<div class="row"><h1></h1><input type="range" min="0" value="0" autofocus><b></b></div>
+<small>probability 0<i class="bar"></i>1 &emsp; dashed: a mask, with its best guess &emsp;
+framed or &#9679;: committed now &emsp; keys &larr; &rarr;</small>
+</header>
+<main></main>
+<script type="application/json">DATA</script>
+<script>
+const $ = selector => document.querySelector(selector)
+const {title, rows} = JSON.parse($("[type='application/json']").textContent)
+const slider = $("input"), updates = []
+function add(parent, tag, name = "", text = "") {
+  const element = parent.appendChild(document.createElement(tag))
+  element.className = name
+  element.textContent = text
+  return element
+}
+function paint(element, known, value, top = 1) {
+  const v = Math.min(1, Math.max(0, value / top))
+  // a thin slice of the scale, stretched
+  element.style.background = known ? `var(--scale) ${99 * v + 0.5}% / 30000% border-box` : ""
+  element.style.color = known ? (v < 0.45 ? "white" : "black") : ""
+  element.title = known ? value.toPrecision(3) : ""
+}
+function addPanel(parent, {name, about, words, values}) {
+  const all = values.flat(), top = all.reduce((a, b) => Math.max(a, b), 1e-9)
+  add(parent, "h2", "", name)
+  const legend = add(parent, "small", "", about)
+  if (about) {
+    legend.append(all.some(v => v < 0) ? ": \u2264 0" : ": 0")
+    add(legend, "i", "bar")
+    legend.append(top.toPrecision(2))
+  }
+  const text = add(parent, "div", "text")
+  const tokens = words.map(word => add(text, "span", "token", word))
+  updates.push(step => {
+    const now = values[Math.min(step, values.length - 1)]
+    tokens.forEach((token, i) => paint(token, now, now && now[i], top))
+  })
+}
+function addArm(parent, {name, frames}) {
+  add(parent, "h2", "", name)
+  const canvas = add(parent, "div", "canvas"), map = add(parent, "div", "map")
+  const last = frames.at(-1), after = {...last, kind: last.kind.map(Math.sign)}
+  const tokens = last.words.map(() => add(canvas, "span"))
+  map.style = `--steps: ${frames.length};
+    grid-template-columns: 5em repeat(${tokens.length}, minmax(0, 3em))`
+  updates.push(step => {
+    const {words, sure, kind} = frames[step] || after
+    tokens.forEach((token, i) => {
+      token.textContent = words[i]
+      token.className = "token " + ["mask", "", "new"][kind[i]]
+      paint(token, sure[i] >= 0, sure[i])
+    })
+  })
+  frames.slice(1).forEach(({sure, kind}, k) => {
+    const cells = [add(map, "div", "", `step ${k + 1}`)]
+    kind.forEach((kind, i) => {
+      cells.push(add(map, "div", "", kind === 2 ? "\u25cf" : ""))
+      paint(cells.at(-1), kind !== 1 && sure[i] >= 0, sure[i])
+    })
+    updates.push(step => cells.forEach(c => c.style.visibility = k < step ? "" : "hidden"))
+  })
+}
+function show() {
+  $("b").textContent = `step ${slider.value} of ${slider.max}`
+  updates.forEach(update => update(Number(slider.value)))
+}
+$("h1").textContent = title
+for (const {panels, arms} of rows) {
+  panels.forEach(panel => addPanel($("main"), panel))
+  const row = add($("main"), "div", "row")
+  arms.forEach(arm => addArm(add(row, "div"), arm))
+}
+slider.max = Math.max(...rows[0].arms.map(arm => arm.frames.length - 1))
+slider.oninput = show
+onclick = () => slider.focus()
+show()
+</script>
+</html>
+"""
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import shlex
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -1232,17 +1233,122 @@ def test_memory_settings_beside_a_checkpoint_are_checked(here):
             sample.inner_loop_settings(".")
 
 
-def test_watching_and_answers_print_no_control_characters(here, capsys, monkeypatch):
-    class Hostile:
-        """A tokenizer every token of which clears the screen."""
-        def decode(self, ids, skip_special_tokens=True):
-            return "\x1b[2J\x9b2J\x07\rx" * len(ids)
+class Hostile:
+    """A tokenizer every token of which clears the screen and ends a page's script."""
+    def decode(self, ids, skip_special_tokens=True):
+        return "\x1b[2J\x9b2J\x07\rx</script><b>&amp;" * len(ids)
+
+
+def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
+    """A viewer that has decoded the prompts."""
     model = random_backbone()
-    how = sample.Decoding().filled(model.cfg)
-    prompts = [torch.tensor([5, 6])]
-    sample.decode_and_print("off", sample.no_memory, model, Hostile(), prompts, how, True)
+    viewer = sample.Viewer("arm", memory, model, tokenizer, watch)
+    viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
+    return viewer
+
+
+def test_watching_and_answers_print_no_control_characters(capsys):
+    viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], watch=True)
     said = capsys.readouterr().out
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+
+
+class Page(HTMLParser):
+    """The tags of a page and the data in it."""
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == "script" and text.startswith("{"):
+            self.data = json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def plain_page():
+    """Two prompts, decoded by a model without memory -> what the page holds, and its viewer."""
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    viewer = viewer_after(sample.no_memory, load_tokenizer("tiny"), prompts, gen_length=5)
+    return Page(sample.page("plain", [viewer])).data, viewer
+
+
+def test_a_page_holds_every_token_of_every_step(plain_page):
+    data, viewer = plain_page
+    assert len(data["rows"]) == 2 and len(viewer.frames) == 6
+    for row, shown in enumerate(data["rows"]):
+        frames = shown["arms"][0]["frames"]
+        assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
+        assert [f["kind"].count(0) for f in frames] == [5, 4, 3, 2, 1, 0]
+        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(cfg=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
+def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
+    viewer = viewer_after(sample.no_memory, load_tokenizer("tiny"), [torch.tensor([5, 6, 7])],
+                          gen_length=6, **settings)
+    for before, after in zip(viewer.frames, viewer.frames[1:]):
+        canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
+        logits = viewer.backbone(torch.cat([viewer.prompt, canvas], 1))[:, 3:]
+        p = logits.softmax(-1).gather(-1, after.tokens[..., None])[..., 0]
+        now = after.kind == 2
+        assert now.any()
+        torch.testing.assert_close(after.sure[now], p[now])
+
+
+def test_no_token_and_no_prompt_can_put_markup_into_a_page():
+    viewer = viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], gen_length=3)
+    page = Page(sample.page("</script><img src=x>", [viewer]))
+    empty = Page(sample.PAGE.replace("DATA", "{}"))
+    assert page.tags == empty.tags
+    assert page.data["title"] == "</script><img src=x>"
+    assert page.data["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
+
+
+def test_a_page_needs_no_network():
+    assert not re.search(r"https?://|//\w|@import|url\(|<link|src=", sample.PAGE)
+
+
+def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
+    memory = memdlm.prompt_memory(MEM)
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
+    viewer = viewer_after(memory, load_tokenizer("tiny"), prompts, gen_length=3)
+    shown = Page(sample.page("phi", [viewer])).data["rows"][1]["panels"][0]
+    model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
+    _, phi = memory(model, prompts[1][None], None, 2)
+    for i, canvas in enumerate([[mask, 9], [8, mask]]):
+        off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
+        expected = (on - off)[prompts[1][i]].item()
+        assert shown["values"][0][i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
+    viewer = viewer_after(meta.memory(), load_tokenizer("tiny"), [torch.tensor([5, 6, 7])],
+                          gen_length=3)
+    values = Page(sample.page("slots", [viewer])).data["rows"][0]["panels"][0]["values"]
+    assert values[0] is None and len(values) == 4
+    assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
+
+
+def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here, capsys):
+    argv = ["--checkpoint", "tiny", "--device", "cpu", "--html", "page.html"]
+    assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
+    row = Page(Path("page.html").read_text()).data["rows"][0]
+    assert [arm["name"] for arm in row["arms"]] == ["none", "blind"]
+    assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
+                                                           "? river =".split()]
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(here, capsys):
+    argv = ["--checkpoint", "tiny", "--device", "cpu", "--prompt", "river", "--html", "no/page"]
+    assert main_of(sample, argv) == 2
+    said = capsys.readouterr()
+    assert "no/page" in said.err and not said.out
 
 
 @pytest.mark.parametrize("text, question", [
@@ -1255,7 +1361,7 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
     tokenizer = load_tokenizer("tiny")
     model = load_backbone("tiny", "cpu")
     longer = "stone = 12 . the sky is blue . ? stone ="
-    questions, arms = sample.close_book(model, tokenizer, [longer, text], ".")
+    questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
     assert questions == ["? stone =", question]
     assert list(arms) == ["none", "blind"]
     written = text.strip().removesuffix(question).strip()
