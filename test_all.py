@@ -3712,9 +3712,9 @@ ASSIGNMENTS = {
                "test_llada_shares_out_its_masks_over_12_steps_as_published"]),
     "A2": dict(
         read="MemDLM, Eq. 6-10", hours="3 h",
-        measure="by how much do the two inner steps lower the loss of a masked token? (inner_lr "
-                "0.1, 0.5, 2; t = 1, 20 random texts, test_all's `random_backbone`, `MEM`). What has the "
-                "model learned?",
+        measure="by how much do the two inner steps lower the loss of a masked token? (`inner_lr` "
+                "0.1, 0.5, 2; t = 1; 20 random texts; `random_backbone`, `MEM` of test_all.py) "
+                "What has the model learned?",
         outcome="0.20 ± 0.05, 1.43 ± 0.21, 1.98 ± 0.51 nats on random tokens: the labels leak",
         remove={"memdlm.py": ["paper_sample"]},
         tests=[]),
