@@ -11,6 +11,7 @@ By hand:
   python test_all.py --slots CHECKPOINT               what happens when slots are exchanged or reset
   python test_all.py --exposure CHECKPOINT            exposure bias of every arm
   python test_all.py --card --family llada            times and memory of a real size on this card
+  python test_all.py --starter DIR                    the student's copy: the course (README)
   python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
                                                       LLaDA-8B's (README, "Running the real models")
 """
@@ -31,6 +32,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -1407,7 +1409,10 @@ def paper_loop(model, x0, given, attend, t, u, inner, seed):
 
 
 def paper_sample(model, x0, given, t, u, phi0, inner):
-    """x0, given, u (L,): the outer cross-entropy of one sample, summed over its masked tokens."""
+    """The outer cross-entropy of one sample, summed over its masked tokens, those with u < t.
+
+    x0, given, u (L,); t a number; phi0 {name of a matrix: LowRank A (1, r, d_in), B (1, d_out, r)}.
+    Inner losses: a mean over the masked tokens, times 1 / the actual mask ratio."""
     weights = dict(model.named_parameters())
     matrices = list(phi0)
     phi = [phi0[m].A[0] for m in matrices] + [phi0[m].B[0] for m in matrices]
@@ -1427,7 +1432,7 @@ def paper_sample(model, x0, given, t, u, phi0, inner):
     anchor = torch.zeros_like(given)
     anchor[order[:k]] = True
     pre_anchor = torch.zeros_like(given)
-    pre_anchor[order[:math.floor(min(n, inner.s_pre * k))]] = True
+    pre_anchor[order[:int(min(n, inner.s_pre * k))]] = True
     # A mean over masked tokens times 1 / the realised mask ratio.
     for masked in (pre_anchor, anchor):
         phi = [w.detach().requires_grad_() for w in phi]
@@ -4140,7 +4145,269 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Which measurement.
+# 14. The course. `python test_all.py --starter DIR` writes the student's copy: the functions below
+# raise NotImplementedError, tests that hold a solution compare with stored numbers, and this
+# section is left out, so `outcome` (what the measurement gave) is for the teacher alone.
+
+ASSIGNMENTS = {
+    "A1": dict(
+        read="MDLM and LLaDA, forward process and loss", hours="2 h",
+        measure="the share of masked tokens at t = 0.1, 0.5, 0.9 in 1,000 rows of 100 tokens",
+        outcome="0.0992 ± 0.0019, 0.5010 ± 0.0031, 0.9002 ± 0.0019",
+        remove={"backbone.py": ["corrupt", "masked_loss"], "sample.py": ["split_evenly"],
+                "test_all.py": ["reference_llada"]},        # it knows the shares of split_evenly
+        tests=["test_corrupt_masks_at_rate_t",
+               "test_corrupt_puts_the_mask_where_it_says_and_never_on_what_is_given",
+               "test_a_larger_t_masks_a_superset",
+               "test_at_t_1_all_that_is_not_given_is_masked_and_at_t_0_nothing",
+               "test_loss_equals_a_hand_computed_case",
+               "test_llada_shares_out_its_masks_over_12_steps_as_published"]),
+    "A2": dict(
+        read="MemDLM, Eq. 6-10", hours="3 h",
+        measure="by how much do the two inner steps lower the loss of a masked token? (`inner_lr` "
+                "0.1, 0.5, 2; t = 1; 20 random texts; `random_backbone`, `MEM` of test_all.py) "
+                "What has the model learned?",
+        outcome="0.20 ± 0.05, 1.43 ± 0.21, 1.98 ± 0.51 nats on random tokens: the labels leak",
+        remove={"memdlm.py": ["paper_sample"]},
+        tests=[]),
+    "A3": dict(
+        read="MemDLM, Eq. 6-10, sections 3.1 and 4.4", hours="5 h",
+        measure="how many times longer than `loss_memdlm` does the loop of A2 take for the four "
+                "rows of test_all's `batch`, gradients included?",
+        outcome="4.1 ± 0.1 times on one core (49 and 12 ms)",
+        remove={"memdlm.py": ["inner_step", "adapt_to_response", "loss_memdlm",
+                              "adapt_to_prompt"]},
+        tests=["test_inner_lr_zero_changes_no_logit",
+               "test_one_samples_phi_never_moves_another_samples_logits",
+               "test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch",
+               "test_clipping_is_per_tensor_and_per_sample",
+               "test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not"]),
+    "A4": dict(
+        read="MemDLM, Eq. 5 and 10, Fig. 4", hours="2 h + runs",
+        measure="first order against exact: recall of the closed book after `train.py --method "
+                "memdlm` with `--exact_from 1`, `0`, `0.6`, beside 1 / facts. The leak: training "
+                "loss, held-out loss and recall after the command of finding 3 (below), and after "
+                "the same with `--method mdlm`",
+        outcome="4 facts, three prototypes of an earlier recipe: first order 48 to 56, exact 25 "
+                "(the set of values), one after the other 95 to 96. The leak: see finding 3",
+        remove={}, tests=[]),
+    "A5": dict(
+        read="MetaState, the three modules", hours="5 h",
+        measure="how many times longer is a denoising step of the tiny backbone with slots than "
+                "without, at 64, 256 and 1,024 tokens? Why does the number fall?",
+        outcome="1.51 ± 0.06, 1.36 ± 0.04, 1.08 ± 0.03 times, one row on one core",
+        remove={"metastate.py": ["Mixer.forward", "Updater.gates", "Updater.forward",
+                                 "Injector.forward", "MetaState.step"]},
+        tests=["test_updater_equals_torch_grucell",
+               "test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit",
+               "test_memory_reaches_the_next_steps_logits_and_reset_cuts_it",
+               "test_the_next_steps_gradient_reaches_the_updater",
+               "test_only_training_through_time_reaches_what_was_written_two_steps_ago"]),
+    "A6": dict(
+        read="MetaState, K-step unrolling", hours="3 h + 9 min",
+        measure="recall on `resolve` at 5 passes by hops, for frozen, metastate and reset, after "
+                "`train.py --method metastate` (`niah.py --passes 5`). Exchange the slots of two "
+                "texts after pass 3: whose answer comes?",
+        outcome="the table of finding 2; the exchange was not measured",
+        remove={"metastate.py": ["loss_unrolled"]},
+        tests=["test_every_module_of_metastate_gets_a_gradient",
+               "test_the_reset_control_has_as_many_live_parameters_as_metastate",
+               "test_the_backbone_gets_no_gradient_and_keeps_its_weights"])}
+# Tests that hold a solution, and the functions whose loss and gradient are stored in their place.
+REFERENCES = {
+    "test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient":
+        {"paper_loop": "A2", "loss_memdlm": "A3"},
+    "test_the_unrolled_loss_equals_the_published_formula_row_by_row": {"loss_unrolled": "A6"}}
+STORED = {}                                 # in the student's copy: {test: {"loss": number, ...}}
+COURSE = """\
+# The course: two memories for diffusion language models, written by you
+
+The functions named below raise NotImplementedError. Write them, in this order, until `python -m
+pytest -q test_all.py -k A1` passes (then A2, A3, ...); where numbers differ it prints what was
+obtained and what was expected. Other tests are skipped while they need a function that is not there
+yet. Change no test. Hand in the code, the measurement with its 95 % interval, and half a page that
+explains it. Points: tests 60 (A4: its tables), measurement 20, explanation 20.
+
+| | write | read | time | measure |
+|---|---|---|---|---|
+{rows}
+
+Below: the README of the project.
+
+---
+
+"""
+CONFTEST = '''\
+"""A test that is about no assignment is skipped while it needs a function not yet written."""
+import re
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    missing = re.search(r"NotImplementedError: (.*)", report.longreprtext)
+    if report.failed and missing and not re.match(r"test_A\\d", item.name):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"Skipped: needs {missing[1]}")
+    return report
+'''
+
+
+def definitions(text):
+    """{"function" or "Class.method": its node in the syntax tree} of a file."""
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+            methods = [inner for inner in node.body if isinstance(inner, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}": method for method in methods}
+    return found
+
+
+def rewritten(text, names, rewrite):
+    """The text after rewrite(lines, node) of these definitions, from the bottom up."""
+    nodes = definitions(text)
+    gone = [name for name in names if name not in nodes]
+    if gone:
+        raise ValueError(f"{gone}: in no file; correct ASSIGNMENTS or REFERENCES in test_all.py")
+    lines = text.splitlines()
+    for node in sorted((nodes[name] for name in names), key=lambda node: -node.lineno):
+        rewrite(lines, node)
+    return "\n".join(lines) + "\n"
+
+
+def without_body(message):
+    """A rewrite: the signature, the docstring and the formulas among the comments stay."""
+    def rewrite(lines, node):
+        start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+        kept = [line.strip() for line in lines[start:node.end_lineno]
+                if re.match(r" +# .*(Eq\. \d|=|\|)", line)]
+        kept.append(f'raise NotImplementedError("{message}")')
+        lines[start:node.end_lineno] = [" " * node.body[0].col_offset + line for line in kept]
+    return rewrite
+
+
+def with_stored_numbers(lines, node):
+    """A rewrite: a test for each function of the reference, which goes as far as the original does
+    before it calls one of them, calls its own, and compares with the stored numbers."""
+    functions = REFERENCES[node.name]
+    # {function: the statement that calls it}
+    calls = {f: next(s for s in node.body if f"{f}(" in "\n".join(lines[s.lineno - 1:s.end_lineno]))
+             for f in functions}
+    first = min([node.lineno, *[d.lineno for d in node.decorator_list]]) - 1
+    head = lines[first:min(s.lineno for s in calls.values()) - 1]
+    tests = []
+    for function, call in calls.items():
+        name = f"test_{functions[function]}_{function}_has_the_stored_loss_and_gradient"
+        tests += [line.replace(node.name, name) for line in head]
+        tests += lines[call.lineno - 1:call.end_lineno]
+        tests += [f"    equals_stored({call.targets[0].id}, locals())", "", ""]
+    lines[first:node.end_lineno] = tests[:-2]
+
+
+def equals_stored(loss, variables):
+    """The loss, and its gradient's norm on each part of the modules among a test's variables."""
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" (")[0]
+    loss.backward()
+    got = {"loss": loss.item()}
+    for module in variables.values():
+        if isinstance(module, torch.nn.Module):
+            for name, p in module.named_parameters():
+                part = name.split(".")[0]
+                norm = 0.0 if p.grad is None else p.grad.norm().item()
+                got[part] = math.hypot(got.get(part, 0.0), norm)
+    print(f"got {test} {json.dumps(got)}\nexpected {STORED.get(test)}")
+    assert got == pytest.approx(STORED.get(test, {}), rel=1e-3)
+
+
+def what_to_write(assignment):
+    places = [f"{', '.join(names)} in {file}" for file, names in assignment["remove"].items()
+              if file != "test_all.py"]
+    return "; ".join(places) or "no code: two tables and a plot of the training losses"
+
+
+def write_copy(folder, stored, solved=False):
+    """The student's copy with these numbers; solved: with the functions in it."""
+    files = [*FILES, "README.md", "requirements.txt", "LICENSE"]
+    texts = {file: (HERE / file).read_text() for file in files}
+    rule = "# " + "-" * 98
+    grader = (f"{rule}\n# The course.\n\nSTORED = {json.dumps(stored, indent=4)}\n\n\n"
+              f"{inspect.getsource(equals_stored)}\n\n")
+    tests = re.sub(r"^# -+\n# \d+\. The course\..*?(?=^# -+\n# \d+\. )", lambda _: grader,
+                   texts["test_all.py"], flags=re.M | re.S)
+    # A2 is written in a file that is no test
+    solution = inspect.getsource(paper_sample)
+    texts["memdlm.py"] += f"\n\n{rule}\n# A2, from the paper.\n\n{solution}"
+    tests = tests.replace(solution, "paper_sample = memdlm.paper_sample\n")
+    texts["test_all.py"] = rewritten(tests, REFERENCES, with_stored_numbers)
+    for name, a in ASSIGNMENTS.items():
+        def rename(lines, node):
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace("test_", f"test_{name}_", 1)
+        texts["test_all.py"] = rewritten(texts["test_all.py"], a["tests"], rename)
+        for file, functions in a["remove"].items() if not solved else ():
+            texts[file] = rewritten(texts[file], functions, without_body(f"{name}, {a['read']}"))
+    rows = [f"| {name} | {what_to_write(a)} | {a['read']} | {a['hours']} | {a['measure']} |"
+            for name, a in ASSIGNMENTS.items()]
+    texts["README.md"] = COURSE.format(rows="\n".join(rows)) + texts["README.md"]
+    for file in ("README.md", "test_all.py"):
+        texts[file] = re.sub(r"^.*(--|write_)starter.*\n", "", texts[file], flags=re.M)
+    folder.mkdir(parents=True)
+    for file, text in {**texts, "conftest.py": CONFTEST}.items():
+        (folder / file).write_text(text)
+
+
+def run_graded(folder, *options):
+    """What pytest prints about the tests of all assignments in a copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--assert=plain", *options,
+               "test_all.py", "-k", " or ".join(ASSIGNMENTS)]
+    environment = {**os.environ, "COLUMNS": "500", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, text=True,
+                          capture_output=True).stdout
+
+
+def write_starter(folder):
+    """Writes the student's copy and returns the numbers in it: what the tests get with the
+    functions in place, in another folder, so that no compiled file keeps one."""
+    with tempfile.TemporaryDirectory() as other:
+        write_copy(Path(other) / "solved", {}, solved=True)
+        said = run_graded(Path(other) / "solved", "-s")
+    stored = {test: json.loads(got) for test, got in re.findall(r"got (\S+) (\{.*\})", said)}
+    write_copy(folder, stored)
+    return stored
+
+
+def test_a_starter_holds_no_solution_and_no_measured_outcome(tmp_path):
+    write_copy(tmp_path / "starter", {})
+    starter = "".join(file.read_text() for file in (tmp_path / "starter").iterdir())
+    texts = {file: (HERE / file).read_text() for file in FILES}
+    texts["memdlm.py"] += inspect.getsource(paper_sample)
+    for a in ASSIGNMENTS.values():
+        assert a["outcome"] not in starter
+        for file, functions in a["remove"].items():
+            for function in functions:
+                node = definitions(texts[file])[function]
+                end = texts[file].splitlines()[node.body[-2:][0].lineno - 1:node.end_lineno]
+                assert "\n".join(end) not in starter, function
+    assert "ASSIGNMENTS" not in starter
+
+
+def test_a_starters_tests_fail_for_want_of_the_students_functions_alone_and_pass_with_them(
+        tmp_path):
+    stored = write_starter(tmp_path / "starter")
+    said = run_graded(tmp_path / "starter", "-rfE")
+    failed = re.findall(r"^(?:FAILED|ERROR) test_all.py::test_(A\d)\S* - (.*)$", said, re.M)
+    assert {name for name, _ in failed} == set(ASSIGNMENTS) - {"A4"}
+    assert all(reason.startswith("NotImplementedError: A") for _, reason in failed)
+    assert "passed" not in said and "skipped" not in said
+    write_copy(tmp_path / "solved", stored, solved=True)
+    said = run_graded(tmp_path / "solved")
+    assert f"{len(failed)} passed" in said and "failed" not in said and "error" not in said
+
+
+# --------------------------------------------------------------------------------------------------
+# 15. Which measurement.
 
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
@@ -4156,9 +4423,12 @@ def by_hand():
         main([what, *argv])
     elif what == "--full-size" and len(argv) == 1:
         write_full_size(Path(argv[0]))
+    elif what == "--starter" and len(argv) == 1:
+        write_starter(Path(argv[0]))
     else:
-        raise ValueError("python test_all.py --card | --bench | --rows FILES | --full-size DIR | "
-                         "--probe, --slots, --exposure CHECKPOINT; "
+        raise ValueError("python test_all.py --card | --bench | --rows FILES | --tables | "
+                         "--probe, --slots, --exposure CHECKPOINT | --starter DIR | "
+                         "--full-size DIR; "
                          "the tests themselves: python -m pytest -q test_all.py")
 
 
