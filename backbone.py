@@ -40,9 +40,9 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration.
 
-def option(default, text, low=None, high=math.inf, choices=None, repr=True, **more):
+def option(default, text, low=None, high=math.inf, choices=None, repr=True):
     """A field of a configuration: its default (MISSING: none), --help text, allowed values."""
-    metadata = dict(help=text, low=low, high=high, choices=choices, **more)
+    metadata = dict(help=text, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, repr=repr, metadata=metadata)
 
 

@@ -59,7 +59,7 @@ class MetaStateConfig:
     span: int = option(64, "tokens before the answer over which the slots' places are spread at "
                            "the start", low=1)
     inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
-                                        "the head", low=0, nargs="+")
+                                        "the head", low=0)
     read_layer: int = option(-1, "read after this layer; -1 = the last one")
     unroll: int = option(5, "K, denoising steps of a training update", low=1)
     balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "

@@ -388,12 +388,13 @@ class Frame(NamedTuple):
 class Viewer:
     """Looks over a memory's shoulder: counts forward passes and keeps a frame of every step."""
 
-    def __init__(self, name, memory, backbone, tokenizer, watch=False):
+    def __init__(self, name, memory, backbone, tokenizer, watch=False, record=False):
         self.name = name
         self.watched = memory
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.watch = watch
+        self.record = watch or record           # costs a softmax over the vocabulary a step
         self.passes = 0
         self.slots = 0
         self.asked = []
@@ -410,7 +411,8 @@ class Viewer:
         def counting(xt, t, state, at):
             self.passes += 1
             logits, state = predict(xt, t, state, at)
-            self.asked.append((logits, at))
+            if self.record:
+                self.asked.append((logits, at))
             return logits, state
         return counting, state
 
@@ -455,7 +457,8 @@ class Viewer:
         if self.watch:
             print(f"{self.name}:")
         began = time.time()
-        ids = generate(self.backbone, prompts, memory=self.memory, on_step=self.step,
+        on_step = self.step if self.record else None
+        ids = generate(self.backbone, prompts, memory=self.memory, on_step=on_step,
                        **dataclasses.asdict(how))
         seconds = time.time() - began
         rows = [cut(row, self.backbone.cfg) for row in ids]
@@ -525,7 +528,7 @@ def main():
     if args.html:
         # a path that cannot be written is refused before the work
         Path(args.html).touch()
-    viewers = [Viewer(name, arms[name], backbone, tokenizer, args.watch)
+    viewers = [Viewer(name, arms[name], backbone, tokenizer, args.watch, bool(args.html))
                for name in ([args.arm] if args.arm else list(arms)[:2])]
     answers = []
     for viewer in viewers:

@@ -36,6 +36,7 @@ import tempfile
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -1244,7 +1245,7 @@ class Hostile:
 def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
     """A viewer that has decoded the prompts."""
     model = random_backbone()
-    viewer = sample.Viewer("arm", memory, model, tokenizer, watch)
+    viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
     viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
     return viewer
 
@@ -3558,6 +3559,8 @@ def read_rows(files, metric, by, tasks):
         for number, line in enumerate(Path(file).read_text().splitlines(), 1):
             try:
                 r = json.loads(line)
+                if "facts" in r:
+                    r["task"] = f"{r['facts']} facts"
                 text = tuple(str(r[k]) for k in ("task", "seed", "length", "steps", "prompt"))
                 column = int(r[by])
                 value = float(r[metric])
@@ -3565,11 +3568,11 @@ def read_rows(files, metric, by, tasks):
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{file}, line {number}: not a row that niah.py wrote "
                                  f"({type(e).__name__}: {e})") from None
-            for task in (text[0], "all") if text[0] in tasks else ():
+            for task in (text[0], "all") if not tasks or text[0] in tasks else ():
                 line_cells = groups.setdefault((task, f"{name} {arm}"), {})
                 line_cells.setdefault(column, {})[seed, text] = value
     if not groups:
-        raise ValueError(f"no rows of {', '.join(tasks)} in {', '.join(map(str, files))}")
+        raise ValueError(f"no rows of {', '.join(tasks or ['any task'])} in {', '.join(map(str, files))}")
     return groups
 
 
@@ -3620,7 +3623,7 @@ def show_cell(cell, signed):
     return f"{text}{100 * half:>4.1f}" + ("≈" if signed and abs(mean) + half <= 0.01 else " ")
 
 
-def table_over_seeds(files, metric, by, against=None, tasks=tuple(niah.TASKS)):
+def table_over_seeds(files, metric, by, against=None, tasks=None):
     """Tasks x lengths or steps from saved JSONL files, one line per run and arm, in %.
 
     against: the name of a line; then every line shows its mean difference to that one, on the same
@@ -3633,7 +3636,8 @@ def table_over_seeds(files, metric, by, against=None, tasks=tuple(niah.TASKS)):
     head = f"{metric + ' by ' + by:<18}{'run, arm':<26}"
     lines = [head + "".join(f"{c:>14} " for c in columns) + "  seeds"]
     found = {task for task, _ in groups} - {"all"}
-    order = [task for task in niah.TASKS if task in found] + ["all"] * (len(found) > 1)
+    order = [task for task in niah.TASKS if task in found] + sorted(found - set(niah.TASKS))
+    order += ["all"] * (len(found) > 1)
     for task, name in sorted(g for g in groups if g[0] in order):
         cells = groups[task, name]
         if against:
@@ -3653,8 +3657,7 @@ def rows_main(argv):
                         help="differences to this line on the same texts, for example \"mdlm off\"")
     parser.add_argument("--by", choices=["length", "steps"], default="length", help="the columns")
     parser.add_argument("--metric", choices=["recall", "exact"], default="recall")
-    parser.add_argument("--tasks", nargs="+", default=list(niah.TASKS), choices=list(niah.TASKS),
-                        metavar="TASK", help=", ".join(niah.TASKS))
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all in the files")
     args = parser.parse_args(argv)
     print(table_over_seeds(args.rows, args.metric, args.by, args.against, args.tasks))
     print("± half the 95 % interval over texts and, with several, training seeds; "
@@ -4145,6 +4148,109 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
 
 
 # --------------------------------------------------------------------------------------------------
+# 13. By hand: the README's tables, read again or run again. `python test_all.py --tables`
+
+# name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
+ON_PRETRAINED = "--init runs/pretrained-seed{s}"
+UNROLLED = f"--method metastate {ON_PRETRAINED}"
+# without slots: as many seconds as MetaState's updates take, on the same mixture of tasks
+SAME_COST = ("--method mdlm --steps 8000 --batch_size 32 --full_share 0 --tasks "
+             + " ".join(train.DEFAULTS["metastate"]["tasks"]))
+RUNS = {
+    "pretrained": "--method mdlm",
+    "metastate": UNROLLED,
+    **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
+    **{f"lora-{lr}": f"{SAME_COST} {ON_PRETRAINED} --lora 30 --lr {lr}"
+       for lr in ("1e-3", "3e-3", "1e-2")},
+    "all-weights": f"{SAME_COST} {ON_PRETRAINED} --lr 1e-3",
+    "no-curriculum": f"{UNROLLED} --curriculum 0",
+    **{f"lambda-{x}": f"{UNROLLED} --balance {x}" for x in (0, 1)},
+    **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
+    **{f"K-{K}": f"{UNROLLED} --unroll {K}" for K in (1, 2, 8)},
+    "closed": "--method memdlm",
+}
+
+# arguments of niah.py, and the file that its rows go to
+PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --seed 1000 --arms {arm}", "passes.jsonl"
+DECODED = "--lengths 64 --n 500 --seed 1000 --arms {arm}", "niah.jsonl"
+HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 4096 --n 200 --seed 1000 --arms none "
+          "blind phi other random flipped uncovered", "closed_book.jsonl")
+
+
+class Table(NamedTuple):
+    runs: list
+    measure: tuple
+    by: str                     # the columns
+    expected: str               # what was seen, and may be expected again
+
+
+TABLES = {}
+
+
+def ensure(name, seed):
+    """The folder of a run, trained first if it is not there."""
+    folder = Path(f"runs/{name}-seed{seed}")
+    arguments = RUNS[name].format(s=seed).split()
+    for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
+        ensure(needed, seed)
+    if not folder.exists():
+        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
+    return folder
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, HERE / name, *arguments]
+    print("$ python", *command[1:], flush=True)
+    subprocess.run([str(x) for x in command], check=True)
+
+
+def measured_rows(name, seed, measure):
+    """The JSONL file of a measurement, made first if it is not there."""
+    arguments, file = measure
+    folder = ensure(name, seed)
+    if not (folder / file).exists():
+        arm = metastate.ARMS.get(name, "metastate" if "metastate" in RUNS[name] else "off")
+        run_script("niah.py", "--checkpoint", folder, *arguments.format(arm=arm).split())
+    return folder / file
+
+
+def tables(argv):
+    """`python test_all.py --tables [NAME ...] [--seeds 0 1 2]`"""
+    parser = argparse.ArgumentParser(description="The README's tables. What lies in runs/ is read "
+                                     "again, what does not is run.")
+    parser.add_argument("tables", nargs="*", metavar="NAME", help=", ".join(TABLES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
+    args = parser.parse_args(argv)
+    for name in args.tables or TABLES:
+        if name not in TABLES:
+            raise ValueError(f"--tables {name}: there are {', '.join(TABLES)}")
+        t = TABLES[name]
+        files = [measured_rows(run, seed, t.measure) for run in t.runs for seed in args.seeds]
+        print(f"\n{name}\n{table_over_seeds(files, 'recall', t.by)}\nexpected: {t.expected}")
+
+
+def test_a_table_reads_what_is_there_and_runs_what_is_not(here, monkeypatch, capsys):
+    monkeypatch.setitem(RUNS, "new", "--method mdlm --init runs/old-seed{s}")
+    monkeypatch.setitem(RUNS, "old", "--method mdlm")
+    monkeypatch.setitem(TABLES, "pair", Table(["old", "new"], DECODED, "length", "equal"))
+    commands = []
+
+    def run_it(name, *arguments):
+        commands.append(f"{name} {arguments[1]}")
+        if name == "niah.py":
+            saved_run(arguments[1], [1, 0])
+        else:
+            arguments[-1].mkdir(parents=True)
+    monkeypatch.setattr(sys.modules[__name__], "run_script", run_it)
+    Path("runs/old-seed0").mkdir(parents=True)
+    saved_run(Path("runs/old-seed0"), [1, 1])
+    tables(["pair", "--seeds", "0"])
+    assert commands == ["train.py mdlm", "niah.py runs/new-seed0"]
+    said = capsys.readouterr().out
+    assert "old off" in said and "50.0" in said and "expected: equal" in said
+
+
+# --------------------------------------------------------------------------------------------------
 # 14. The course. `python test_all.py --starter DIR` writes the student's copy: the functions below
 # raise NotImplementedError, tests that hold a solution compare with stored numbers, and this
 # section is left out, so `outcome` (what the measurement gave) is for the teacher alone.
@@ -4416,6 +4522,8 @@ def by_hand():
         card(argv)
     elif what == "--bench" and not argv:
         bench()
+    elif what == "--tables":
+        tables(argv)
     elif what == "--rows":
         rows_main([what, *argv])
     elif what in ("--probe", "--slots", "--exposure"):
