@@ -16,7 +16,6 @@ Run: python train.py --method memdlm      (tiny, CPU: the closed book, from nois
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -110,9 +109,9 @@ DEFAULTS = {
 
 # All that a run writes into its folder, and all that --overwrite deletes.
 WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
-    closed_book.jsonl adapter_model.safetensors adapter_config.json metastate.safetensors
-    metastate.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
-    vocab.json merges.txt chat_template.jinja""".split()
+    closed_book.jsonl slots.jsonl adapter_model.safetensors adapter_config.json metastate.json
+    metastate.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json
+    added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
@@ -728,12 +727,13 @@ def locked(out):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
         try:
+            import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out} is in use by another run: wait for its end, or name another "
                              f"--out") from None
-        except OSError:
-            pass                                            # a file system without locks
+        except (ImportError, OSError):
+            pass                                            # Windows, or no locks in this folder
         yield
 
 
@@ -783,6 +783,8 @@ def show_estimate(sizes):
 def device_memory(device):
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):                          # Windows
+        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
