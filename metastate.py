@@ -97,11 +97,12 @@ class MetaStateConfig:
 def for_backbone(config):
     """The settings for a backbone: the tiny preset's as above; for a real one slots of width 1,024
     (0.6 % of LLaDA-8B), injected in the middle, where activations know their positions and half of
-    the layers are left to use what comes in."""
+    the layers are left to use what comes in, and K = 4 without our curriculum, as published."""
     if config.family == "tiny":
         return MetaStateConfig()
     return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
-                           unroll=4, inject_layers=(config.n_layers // 2,))
+                           unroll=4, curriculum=0.0, concentration=1.0,
+                           inject_layers=(config.n_layers // 2,))
 
 
 # --------------------------------------------------------------------------------------------------

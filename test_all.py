@@ -1823,6 +1823,15 @@ def test_the_reveals_of_a_row_add_up_to_all_of_its_tokens(progress, K):
     assert torch.equal(reveals.sum(1), n)
 
 
+def test_a_real_backbone_trains_on_dirichlet_multinomial_reveals_from_the_start():
+    settings = metastate.for_backbone(bb.config_from_json(REAL["llada"]))
+    reveals = metastate.draw_reveals(torch.full((2000,), 100), settings, 0.0, seed=0).float()
+    assert reveals.shape[1] == 4
+    assert (reveals.mean(0) - 25).abs().max() < 1.5
+    # uniform over all ways to share out: the variance of a Beta(1, 3), times n (n + 4)
+    assert (reveals.var(0) / (3 / 80 * 100 * 104) - 1).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("progress, steps", [(0.0, {1}), (0.15, {1, 2}), (0.39, {1, 2, 3, 4})])
 def test_training_starts_with_ever_more_passes_over_an_unchanged_canvas(progress, steps):
     drawn = [metastate.draw_reveals(torch.tensor([6] * 4), MetaStateConfig(), progress, seed)
