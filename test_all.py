@@ -3033,6 +3033,9 @@ def shortened(command):
     return script, argv if "--explain" in argv else argv + SHORT[script]
 
 
+BY_THE_MINUTE = "--bench", "--card", "--full-size", "--tables", "--starter"
+
+
 def test_every_command_of_the_readme_runs(here):
     """But for the measurements by hand that take minutes."""
     commands = readme_commands()
@@ -3043,7 +3046,7 @@ def test_every_command_of_the_readme_runs(here):
             "backbone.py": bb.check, "test_all.py": by_hand}
     for command in commands:
         script, argv = shortened(command)
-        if script == "test_all.py" and argv[0] in ("--bench", "--card", "--full-size"):
+        if script == "test_all.py" and argv[0] in BY_THE_MINUTE:
             continue
         sys.argv = [script, *argv]
         main[script]()
@@ -3581,7 +3584,8 @@ def read_rows(files, metric, by, tasks):
                 line_cells = groups.setdefault((task, f"{name} {arm}"), {})
                 line_cells.setdefault(column, {})[seed, text] = value
     if not groups:
-        raise ValueError(f"no rows of {', '.join(tasks or ['any task'])} in {', '.join(map(str, files))}")
+        raise ValueError(f"no rows of {', '.join(tasks or ['any task'])} in "
+                         f"{', '.join(map(str, files))}")
     return groups
 
 
@@ -4162,28 +4166,28 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 ON_PRETRAINED = "--init runs/pretrained-seed{s}"
 UNROLLED = f"--method metastate {ON_PRETRAINED}"
-# without slots: as many seconds as MetaState's updates take, on the same mixture of tasks
-SAME_COST = ("--method mdlm --steps 8000 --batch_size 32 --full_share 0 --tasks "
+# without slots: about as many seconds as MetaState's updates take, on the same tasks
+SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
              + " ".join(train.DEFAULTS["metastate"]["tasks"]))
+# answers of which half are a coin's toss
+ON_RESOLVE = f"{ON_PRETRAINED} --tasks resolve --full_share 0 --lr 1e-3"
 RUNS = {
     "pretrained": "--method mdlm",
     "metastate": UNROLLED,
     **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
-    **{f"lora-{lr}": f"{SAME_COST} {ON_PRETRAINED} --lora 30 --lr {lr}"
-       for lr in ("1e-3", "3e-3", "1e-2")},
-    "all-weights": f"{SAME_COST} {ON_PRETRAINED} --lr 1e-3",
-    "no-curriculum": f"{UNROLLED} --curriculum 0",
-    **{f"lambda-{x}": f"{UNROLLED} --balance {x}" for x in (0, 1)},
-    **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
-    **{f"K-{K}": f"{UNROLLED} --unroll {K}" for K in (1, 2, 8)},
+    "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
     "closed": "--method memdlm",
-}
+    "long": ("--method memdlm --init runs/closed-seed{s} --exact_from 0 --lr 1e-3 --context 128 "
+             "--steps 400"),
+    "first-order": "--method memdlm --exact_from 1",
+    "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
+    "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
 
-# arguments of niah.py, and the file that its rows go to
+# arguments of niah.py, and the file that its rows go to; None: the losses in log.jsonl
 PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --seed 1000 --arms {arm}", "passes.jsonl"
 DECODED = "--lengths 64 --n 500 --seed 1000 --arms {arm}", "niah.jsonl"
-HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 4096 --n 200 --seed 1000 --arms none "
-          "blind phi other random flipped uncovered", "closed_book.jsonl")
+HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 --n 200 --seed 1000 --arms none "
+          "blind phi other", "closed_book.jsonl")
 
 
 class Table(NamedTuple):
@@ -4223,6 +4227,18 @@ def measured_rows(name, seed, measure):
     return folder / file
 
 
+def losses(runs, seeds):
+    """The training loss of the last 50 steps, and the last held-out loss, memory off."""
+    lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
+    for run, seed in itertools.product(runs, seeds):
+        log = (ensure(run, seed) / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in log]
+        last = [row["loss"] for row in rows[-50:]]
+        held_out = rows[-1]["held_out_off"]
+        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
+    return "\n".join(lines)
+
+
 def tables(argv):
     """`python test_all.py --tables [NAME ...] [--seeds 0 1 2]`"""
     parser = argparse.ArgumentParser(description="The README's tables. What lies in runs/ is read "
@@ -4234,8 +4250,12 @@ def tables(argv):
         if name not in TABLES:
             raise ValueError(f"--tables {name}: there are {', '.join(TABLES)}")
         t = TABLES[name]
-        files = [measured_rows(run, seed, t.measure) for run in t.runs for seed in args.seeds]
-        print(f"\n{name}\n{table_over_seeds(files, 'recall', t.by)}\nexpected: {t.expected}")
+        if t.measure is None:
+            shown = losses(t.runs, args.seeds)
+        else:
+            files = [measured_rows(run, seed, t.measure) for run in t.runs for seed in args.seeds]
+            shown = table_over_seeds(files, "recall", t.by)
+        print(f"\n{name}\n{shown}\nexpected: {t.expected}")
 
 
 def test_a_table_reads_what_is_there_and_runs_what_is_not(here, monkeypatch, capsys):
@@ -4257,6 +4277,17 @@ def test_a_table_reads_what_is_there_and_runs_what_is_not(here, monkeypatch, cap
     assert commands == ["train.py mdlm", "niah.py runs/new-seed0"]
     said = capsys.readouterr().out
     assert "old off" in said and "50.0" in said and "expected: equal" in said
+
+
+def test_the_table_of_the_trap_shows_training_loss_beside_held_out_loss(here, monkeypatch, capsys):
+    monkeypatch.setitem(TABLES, "some", Table(["trap"], None, "", "a gap"))
+    folder = Path("runs/trap-seed3")
+    folder.mkdir(parents=True)
+    Path("runs/pretrained-seed3").mkdir()
+    rows = [dict(loss=9.0)] + [dict(loss=0.25)] * 49 + [dict(loss=0.25, held_out_off=1.5)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tables(["some", "--seeds", "3"])
+    assert "trap-seed3 0.250 1.500" in " ".join(capsys.readouterr().out.split())
 
 
 # --------------------------------------------------------------------------------------------------
