@@ -221,6 +221,7 @@ def choose_llada(logits, at, counts, how, last):
         p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0]
         confidence = on_canvas(p, at, -torch.inf)                           # (B, L)
     new = torch.zeros_like(confidence, dtype=torch.bool)
+    # row by row, the official code's own call: it decides which of equals go first
     for row in range(len(new)):
         if how.threshold is None:
             new[row, torch.topk(confidence[row], int(counts[row])).indices] = True
@@ -563,7 +564,7 @@ def page(title, viewers, hidden=None):
     """A self-contained page of what the viewers recorded. hidden: ids and attend (B, L) of the
     texts from which phi was written, if the prompts do not hold them (close_book)."""
     words, prompt = viewers[0].words, (viewers[0].prompt, viewers[0].attend)
-    # a heading, what its colours mean, ids and attend, a value for each token at step 0, 1, ...
+    # heading, what its colours mean, (ids, attend), a value for each token at step 0, 1, ...
     panels = []
     for v in viewers:
         if v.frames[-1].read is not None:
