@@ -607,7 +607,7 @@ header { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
 .row > div { flex: 1; min-width: 0 }
 .row + h2 { border-top: 2px solid; margin-top: 2rem }
 header .row { align-items: center }
-input { flex: 1; height: 1.5rem; outline: none }
+input { flex: 1; height: 1.5rem }
 h1, h2 { margin: .6rem 0 0; font-size: 1.2rem }
 .canvas { font-size: 1.2rem }
 .token { display: inline-block; margin: .15em; padding: 0 .35em; border: 3px solid transparent;
@@ -620,7 +620,7 @@ h1, h2 { margin: .6rem 0 0; font-size: 1.2rem }
 .map .later { visibility: hidden }
 </style>
 <header>
-<div class="row"><h1></h1><input type="range" min="0" value="0" autofocus><b></b></div>
+<div class="row"><h1></h1><input type="range" min="0" value="0" aria-label="step"><b></b></div>
 <small>probability 0<i class="bar"></i>1 &emsp; dashed: a mask, with its best guess &emsp;
 framed or &#9679;: committed now &emsp; keys &larr; &rarr;</small>
 </header>
@@ -683,7 +683,14 @@ function show() {
 $("h1").textContent = title
 slider.max = Math.max(...rows[0].arms.map(arm => arm.frames.length - 1))
 slider.oninput = show
-onclick = () => slider.focus()
+onkeydown = event => {
+  // PageUp and PageDown are what a presenter's clicker sends
+  const move = {ArrowLeft: -1, PageUp: -1, ArrowRight: 1, PageDown: 1}[event.key]
+  if (!move) return
+  event.preventDefault()
+  slider.value = Number(slider.value) + move
+  show()
+}
 show()
 </script>
 </html>
