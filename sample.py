@@ -221,6 +221,7 @@ def choose_llada(logits, at, counts, how, last):
         p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0]
         confidence = on_canvas(p, at, -torch.inf)                           # (B, L)
     new = torch.zeros_like(confidence, dtype=torch.bool)
+    # row by row, the official code's own call: it decides which of equals go first
     for row in range(len(new)):
         if how.threshold is None:
             new[row, torch.topk(confidence[row], int(counts[row])).indices] = True
@@ -563,7 +564,7 @@ def page(title, viewers, hidden=None):
     """A self-contained page of what the viewers recorded. hidden: ids and attend (B, L) of the
     texts from which phi was written, if the prompts do not hold them (close_book)."""
     words, prompt = viewers[0].words, (viewers[0].prompt, viewers[0].attend)
-    # a heading, what its colours mean, ids and attend, a value for each token at step 0, 1, ...
+    # heading, what its colours mean, (ids, attend), a value for each token at step 0, 1, ...
     panels = []
     for v in viewers:
         if v.frames[-1].read is not None:
@@ -576,20 +577,18 @@ def page(title, viewers, hidden=None):
                            [gained(v.backbone, v.phi, *text)]))
     if hidden or not panels:
         panels.append(("what every arm sees", "", prompt, [None]))
-    rows = []
-    for row in range(len(prompt[0])):
-        row_panels = []
-        for name, about, (ids, attend), values in panels:
-            own = attend[row]
-            values = [None if value is None else value[row, own].tolist() for value in values]
-            own_words = words(ids[row, own])
-            row_panels.append(dict(name=name, about=about, words=own_words, values=values))
-        row_arms = []
+    rows = [dict(panels=[], arms=[]) for _ in prompt[0]]
+    for b, row in enumerate(rows):
+        for name, about, (ids, attend), steps in panels:
+            own = attend[b]
+            values = [None if value is None else value[b, own].tolist() for value in steps]
+            row["panels"].append(dict(name=name, about=about, words=words(ids[b, own]),
+                                      values=values))
         for v in viewers:
-            frames = [dict(words=words(frame.tokens[row]), sure=frame.sure[row].tolist(),
-                           kind=frame.kind[row].tolist()) for frame in v.frames]
-            row_arms.append(dict(name=v.name, frames=frames))
-        rows.append(dict(panels=row_panels, arms=row_arms))
+            frames = [dict(words=words(frame.tokens[b]), kind=frame.kind[b].tolist(),
+                           sure=[None if p < 0 else p for p in frame.sure[b].tolist()])
+                      for frame in v.frames]
+            row["arms"].append(dict(name=v.name, frames=frames))
     # without any "<", because a tokenizer may hold "</script>"
     return PAGE.replace("DATA", json.dumps(dict(title=title, rows=rows)).replace("<", "\\u003c"))
 
@@ -605,23 +604,23 @@ PAGE = """<!doctype html>
 body { margin: 0 2rem 2rem }
 header { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
 .row { display: flex; gap: 2rem }
-.row > * { flex: 1; min-width: 0 }
-.row > :is(h1, b) { flex: none }
+.row > div { flex: 1; min-width: 0 }
+.row + h2 { border-top: 2px solid; margin-top: 2rem }
+header .row { align-items: center }
+input { flex: 1; height: 1.5rem }
 h1, h2 { margin: .6rem 0 0; font-size: 1.2rem }
-b { align-self: center }
-input { outline: none }
-.text { max-height: 40vh; overflow: auto }
 .canvas { font-size: 1.2rem }
 .token { display: inline-block; margin: .15em; padding: 0 .35em; border: 3px solid transparent;
          border-radius: .3em; overflow-wrap: anywhere }
-.mask { font-style: italic; border: 3px dashed }
-.new { font-weight: bold; border-color: Canvas; outline: 4px solid CanvasText }
+.mask { font-style: italic; border: 3px dashed CanvasText }
+.new { font-weight: bold; border-color: CanvasText }
 .bar { display: inline-block; width: 8rem; height: .7em; margin: 0 .5em; background: var(--scale) }
 .map { display: grid; gap: 2px; margin-top: 1rem; font-size: min(1rem, 30vh / var(--steps)) }
 .map div { height: 1.3em; line-height: 1.3; text-align: center; white-space: nowrap }
+.map .later { visibility: hidden }
 </style>
 <header>
-<div class="row"><h1></h1><input type="range" min="0" value="0" autofocus><b></b></div>
+<div class="row"><h1></h1><input type="range" min="0" value="0" aria-label="step"><b></b></div>
 <small>probability 0<i class="bar"></i>1 &emsp; dashed: a mask, with its best guess &emsp;
 framed or &#9679;: committed now &emsp; keys &larr; &rarr;</small>
 </header>
@@ -630,73 +629,68 @@ framed or &#9679;: committed now &emsp; keys &larr; &rarr;</small>
 <script>
 const $ = selector => document.querySelector(selector)
 const {title, rows} = JSON.parse($("[type='application/json']").textContent)
-const slider = $("input"), updates = []
-function add(parent, tag, name = "", text = "") {
+const slider = $("input"), main = $("main")
+function add(parent, tag, name = "", text = "", value = null, top = 1) {
   const element = parent.appendChild(document.createElement(tag))
   element.className = name
   element.textContent = text
+  if (value !== null) {
+    const v = Math.min(1, Math.max(0, value / top))
+    // a thin slice of the scale, stretched
+    element.style.background = `var(--scale) ${99 * v + 0.5}% / 30000% padding-box`
+    element.style.color = v < 0.45 ? "white" : "black"
+    element.title = value.toPrecision(3)
+  }
   return element
 }
-function paint(element, known, value, top = 1) {
-  const v = Math.min(1, Math.max(0, value / top))
-  // a thin slice of the scale, stretched
-  element.style.background = known ? `var(--scale) ${99 * v + 0.5}% / 30000% border-box` : ""
-  element.style.color = known ? (v < 0.45 ? "white" : "black") : ""
-  element.title = known ? value.toPrecision(3) : ""
-}
-function addPanel(parent, {name, about, words, values}) {
+function addPanel({name, about, words, values}, step) {
   const all = values.flat(), top = all.reduce((a, b) => Math.max(a, b), 1e-9)
-  add(parent, "h2", "", name)
-  const legend = add(parent, "small", "", about)
+  add(main, "h2", "", name)
+  const legend = add(main, "small", "", about)
   if (about) {
     legend.append(all.some(v => v < 0) ? ": \u2264 0" : ": 0")
     add(legend, "i", "bar")
     legend.append(top.toPrecision(2))
   }
-  const text = add(parent, "div", "text")
-  const tokens = words.map(word => add(text, "span", "token", word))
-  updates.push(step => {
-    const now = values[Math.min(step, values.length - 1)]
-    tokens.forEach((token, i) => paint(token, now, now && now[i], top))
-  })
+  const text = add(main, "div"), now = values[Math.min(step, values.length - 1)]
+  words.forEach((word, i) => add(text, "span", "token", word, now && now[i], top))
 }
-function addArm(parent, {name, frames}) {
+function addArm(parent, {name, frames}, step) {
   add(parent, "h2", "", name)
   const canvas = add(parent, "div", "canvas"), map = add(parent, "div", "map")
-  const last = frames.at(-1), after = {...last, kind: last.kind.map(Math.sign)}
-  const tokens = last.words.map(() => add(canvas, "span"))
+  const {words, sure, kind} = frames[Math.min(step, frames.length - 1)]
+  const looks = ["token mask", "token", step < frames.length ? "token new" : "token"]
+  words.forEach((word, i) => add(canvas, "span", looks[kind[i]], word, sure[i]))
   map.style = `--steps: ${frames.length};
-    grid-template-columns: 5em repeat(${tokens.length}, minmax(0, 3em))`
-  updates.push(step => {
-    const {words, sure, kind} = frames[step] || after
-    tokens.forEach((token, i) => {
-      token.textContent = words[i]
-      token.className = "token " + ["mask", "", "new"][kind[i]]
-      paint(token, sure[i] >= 0, sure[i])
-    })
-  })
+    grid-template-columns: 5em repeat(${words.length}, minmax(0, 3em))`
   frames.slice(1).forEach(({sure, kind}, k) => {
-    const cells = [add(map, "div", "", `step ${k + 1}`)]
-    kind.forEach((kind, i) => {
-      cells.push(add(map, "div", "", kind === 2 ? "\u25cf" : ""))
-      paint(cells.at(-1), kind !== 1 && sure[i] >= 0, sure[i])
-    })
-    updates.push(step => cells.forEach(c => c.style.visibility = k < step ? "" : "hidden"))
+    const when = k < step ? "" : "later"
+    add(map, "div", when, `step ${k + 1}`)
+    kind.forEach((kind, i) =>
+      add(map, "div", when, kind === 2 ? "\u25cf" : "", kind === 1 ? null : sure[i]))
   })
 }
 function show() {
-  $("b").textContent = `step ${slider.value} of ${slider.max}`
-  updates.forEach(update => update(Number(slider.value)))
+  const step = Number(slider.value)
+  $("b").textContent = `step ${step} of ${slider.max}`
+  main.replaceChildren()
+  for (const {panels, arms} of rows) {
+    panels.forEach(panel => addPanel(panel, step))
+    const row = add(main, "div", "row")
+    arms.forEach(arm => addArm(add(row, "div"), arm, step))
+  }
 }
 $("h1").textContent = title
-for (const {panels, arms} of rows) {
-  panels.forEach(panel => addPanel($("main"), panel))
-  const row = add($("main"), "div", "row")
-  arms.forEach(arm => addArm(add(row, "div"), arm))
-}
 slider.max = Math.max(...rows[0].arms.map(arm => arm.frames.length - 1))
 slider.oninput = show
-onclick = () => slider.focus()
+onkeydown = event => {
+  // PageUp and PageDown are what a presenter's clicker sends
+  const move = {ArrowLeft: -1, PageUp: -1, ArrowRight: 1, PageDown: 1}[event.key]
+  if (!move) return
+  event.preventDefault()
+  slider.value = Number(slider.value) + move
+  show()
+}
 show()
 </script>
 </html>
