@@ -12,17 +12,17 @@ Shapes: B batch, L tokens, D width, V vocabulary, r rank, N masked positions (ro
 Read as:
 - One phi per sample (the first abstract): LoRA factors with a batch dimension. Sections 3.1 and 3.3
   write "a batch", and the released code shares one phi between the rows of a micro-batch.
-- phi_0: B = 0, and A drawn from the seed and the row's own prompt, so that the memory of a row does
-  not depend on its place in the batch.
+- phi_0: B = 0. A is drawn from the seed and the row's own prompt, so that the memory of a row does
+  not depend on its place in the batch (loss_prompt: from the step's seed alone, one A for all rows).
 - Stage 1 targets all masked tokens, not only those that the anchor reveals: Eq. 7 writes x_t, but
   section 4.6 and the code do this.
-- Inner loss: mean over a row's masked tokens, times 1 / mask ratio in training, times 1 at
-  inference.
+- Inner loss: mean over a row's masked tokens, times 1 / mask ratio on a response (training), times
+  1 on a prompt. With complementary masks (ours) it is a sum.
 - Clipping: each tensor of each sample on its own (section 4.4: 0.684 against 0.632 with one norm).
 Beware: in the paper's training the inner loop sees the labels that the outer loss scores. A low
 MemDLM training loss proves nothing.
-Ours: the closed book (loss_prompt). The inner loop writes the prompt, the outer loss hides it, so
-whatever is recalled was in the weights. There every token of the prompt is a target once
+Ours: the closed book (loss_prompt). The inner loop writes the context, the outer pass hides it and
+sees the question alone, so whatever is recalled was in the weights. There every token of the prompt is a target once
 (complementary masks), a long prompt is written in chunks, and the gradient may be exact.
 """
 import zlib
@@ -75,10 +75,10 @@ def for_backbone(config, inner_on=None):
 # 1. Fast weights and one step on them.
 
 def first_fast_layer(backbone, inner):
-    """Layers below form the trunk: they hold no phi, so their output on a state is computed once.
-    N = 32 -> 28, N = 3 -> 2."""
-    N = backbone.cfg.n_layers
-    return min(int(N * (1 - inner.fraction)), N - 1)
+    """Index of the first layer with fast weights. The layers below are the trunk: no phi, so their
+    output on a state is computed once. 32 layers -> 28, 3 layers -> 2."""
+    layers = backbone.cfg.n_layers
+    return min(int(layers * (1 - inner.fraction)), layers - 1)
 
 
 def row_seeds(ids, prompt, seed):
@@ -164,9 +164,11 @@ def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0):
     first = first_fast_layer(backbone, inner)
     ctx = backbone.context(x0, attend)
     n = (~given).sum(1)
-    # 1. Two nested states of one trajectory
-    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
-    masked_pre = pre_anchor(masked, u, given, inner.s_pre)
+    # 1. Two nested states of one trajectory; both predict x0 at all of their masks
+    # Eq. 8, stage 2, anchor to target: xt -> x0
+    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)                         # (B, L)
+    # Eq. 7, stage 1, pre-anchor: xt_pre -> x0 (printed with target x_t, see "Read as")
+    masked_pre = pre_anchor(masked, u, given, inner.s_pre)                              # (B, L)
     xt_pre = x0.masked_fill(masked_pre, backbone.cfg.mask_id)
     # 2. Trunks: the anchor's serves the inner loop and the outer pass; the other needs no gradient
     h = backbone.run(backbone.embed(xt), ctx, 0, first)
@@ -174,8 +176,7 @@ def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0):
         h_pre = backbone.run(backbone.embed(xt_pre), ctx, 0, first)
     # 3. Two steps, each weighted by 1 / its state's actual mask ratio
     phi = init_phi(backbone, row_seeds(x0, given & attend, seed), inner)
-    # Eq. 7: phi_1 = phi_0 - eta * grad L(x0 | x_pre)       stage 1, pre-anchor
-    # Eq. 8: phi_2 = phi_1 - eta * grad L(x0 | x_t)         stage 2, anchor to target
+    # phi_1 = phi_0 - eta * grad L(x0 | xt_pre);  phi_2 = phi_1 - eta * grad L(x0 | xt)
     states = [(h_pre, masked_pre, n / masked_pre.sum(1).clamp(min=1)),
               (h, masked, n / masked.sum(1).clamp(min=1))]
     return inner_loop(backbone, phi, states, ctx, x0, inner), h, ctx, masked
@@ -252,7 +253,8 @@ def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, 
     phi = None
     if context.any():
         end = int(context.any(0).nonzero().max()) + 1
-        columns = (x[::inner.questions, :end] for x in (x0, attend, context))
+        # attend = context: a longer question begins left of `end`, and must stay unread
+        columns = (x[::inner.questions, :end] for x in (x0, context, context))
         # one A a step: with one for each row the loss fell more slowly (a trial, one seed: 0.42
         # in place of 0.26 after 400 steps)
         phi = adapt_to_prompt(backbone, *columns, inner, seed, exact, one_start=True)
@@ -282,11 +284,11 @@ def prompt_memory(inner, seed=0):
 
 
 def written(phi):
-    """The `memory` of a phi that was written before: with a question for a prompt, the closed
-    book."""
+    """The `memory` argument of sample.generate for a phi that is ready. If the prompt is the
+    question alone, this is the closed book."""
     def memory(backbone, xt, attend, start):
-        # phi is None for guidance's copy without a prompt
-        def predict(xt, t, phi, at):
-            return backbone(xt, attend, at, phi), phi
+        def predict(xt, t, state, at):
+            # the state is phi, or None for guidance's copy without a prompt
+            return backbone(xt, attend, at, state), state                               # (N, V)
         return predict, phi
     return memory

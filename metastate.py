@@ -118,8 +118,8 @@ def sinusoid(x, dim, longest):
 
 
 def linear(d_in, d_out, zero=False):
-    """nn.Linear with unit gain: the default initialisation shrinks a signal by 0.58, and six of
-    them lie between reading and injecting. zero: starts as the zero map."""
+    """nn.Linear with unit gain, where the default initialisation shrinks a signal by 0.58.
+    zero: starts as the zero map."""
     layer = nn.Linear(d_in, d_out)
     nn.init.normal_(layer.weight, 0, 0.0 if zero else d_in ** -0.5)
     nn.init.zeros_(layer.bias)
@@ -254,8 +254,8 @@ class MetaState(nn.Module):
     def build(self, D, settings):
         M = settings.num_slots
         self.s0 = nn.Parameter(0.02 * torch.randn(M, settings.slot_dim))
-        # at the start the places are spread evenly over the end of the prompt and the first of the
-        # answer
+        # at the start the places are spread evenly over the last `span` tokens of the prompt and
+        # the first span / 8 of the answer
         offsets = torch.linspace(-settings.span, settings.span / 8, M)
         self.read_at = nn.Parameter(self.place_code(offsets))               # (M, S)
         self.write_at = nn.Parameter(self.place_code(offsets))              # (M, S)
@@ -265,8 +265,8 @@ class MetaState(nn.Module):
 
     def place_code(self, offset):
         """The place `offset` tokens from the start of the answer, the same code for each head:
-        (...) -> (..., S), in units of the distance between two slots. The factor 3 lets a slot
-        start out looking at about one place."""
+        (...) -> (..., S), in units of span / M, about the distance between two slots' places. The
+        factor 3 lets a slot start out looking at about one place."""
         heads = self.settings.slot_heads
         unit = self.settings.span / self.settings.num_slots
         code = sinusoid(offset / unit, self.settings.slot_dim // heads, longest=64)
@@ -286,7 +286,6 @@ class MetaState(nn.Module):
         with torch.no_grad():
             h = backbone.run(backbone.embed(xt), ctx, 0, self.inject_layers[0], phi)
         old = slots
-        weights = None
         for i in range(self.inject_layers[0], backbone.cfg.n_layers + 1):
             if i in self.inject_layers:
                 injector = self.injectors[self.inject_layers.index(i)]
@@ -306,6 +305,7 @@ class MetaState(nn.Module):
         return h + injector(h.float(), slots, c, self.write_at, place).to(h.dtype)
 
     def read(self, h, slots, c, place, visible):
+        # s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1});  h (B, L, D), slots and what is read (B, M, S)
         read, weights = self.mixer(slots, h.float(), c, self.read_at, place, visible)
         return self.updater(read, slots, c), weights
 
@@ -360,9 +360,8 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
     balance = model.settings.balance
     ctx = backbone.context(x0, attend)
     start = answer_start(given)
-    u = u.masked_fill(given, 2.0)
     N_m = (~given).sum(1)                                                   # (B,)
-    masked = ~given                                                         # (B, L) M_1
+    masked = ~given                                                         # (B, L) at step 1
     slots = None                                                            # s_0
     loss = 0.0
     # steps after the last reveal would bear no loss
@@ -378,11 +377,12 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
         revealed = smallest(u.masked_fill(~masked, 2.0), n_k)               # (B, L)
         # 3. L_k = w_k [lambda dense_k + (1 - lambda) reveal_k],  w_k = n_k / N_m
         #    dense_k: mean CE over the masked tokens;  reveal_k: mean CE over the revealed ones
-        dense = (balance * n_k / N_m / count.clamp(min=1))[:, None]         # (B, 1)
-        reveal = (1 - balance) * revealed / N_m[:, None]                      # (B, L)
+        #    As weights of tokens; the n_k in the mean of reveal_k cancels that of w_k
+        w_dense = (balance * n_k / N_m / count.clamp(min=1))[:, None]       # (B, 1)
+        w_reveal = (1 - balance) * revealed / N_m[:, None]                  # (B, L)
         ce = F.cross_entropy(logits.float(), x0[at], reduction="none")      # (N,)
-        loss = loss + (ce * (dense + reveal)[at]).sum() / n_rows
-        masked = masked & ~revealed                                           # M_{k+1} inside M_k
+        loss = loss + (ce * (w_dense + w_reveal)[at]).sum() / n_rows
+        masked = masked & ~revealed
     return loss
 
 
@@ -390,11 +390,14 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
 # 4. Controls: what is taken away, or given without limit.
 
 class Reset(MetaState):
-    """No persistence: every step starts from s_0. So that Mixer and Updater have work to do and get
-    a gradient, the slots are filled from what comes in before they are injected."""
+    """No persistence: a trained MetaState whose slots are put back to s_0 at every step."""
     def carry(self, slots, batch):
         return super().carry(None, batch)
 
+
+class LiveReset(Reset):
+    """The same as a control to train. So that Mixer and Updater have work to do and get a gradient,
+    they first fill the slots from the activations at the injection."""
     def inject(self, injector, h, slots, c, place, visible):
         slots, _ = self.read(h, slots, c, place, visible)
         return super().inject(injector, h, slots, c, place, visible)
@@ -407,7 +410,7 @@ class Detached(MetaState):
 
 
 class Feedback(MetaState):
-    """No bottleneck: all activations of the previous step, through an MLP, at every position. An
+    """No bottleneck: `slots` are all activations of the previous step (B, L, D), through an MLP. An
     upper bound for the slots, and the idea of Loopholing (arXiv 2510.19304)."""
     def build(self, D, settings):
         self.injectors = nn.ModuleList(FeedbackMLP(D, settings) for _ in self.inject_layers)
@@ -441,6 +444,7 @@ class LogitFeedback(Feedback):
     def build(self, D, settings):
         self.gain = nn.Parameter(torch.zeros(()))
         self.sharpness = nn.Parameter(torch.ones(()))
+        # no conditioner and no modules: `slots` are expected embeddings (B, L, D), added as they are
         self.time = nn.Identity()
         self.injectors = [None] * len(self.inject_layers)
 
@@ -457,7 +461,7 @@ class LogitFeedback(Feedback):
 
 
 # settings.memory -> the class, and the arm's name in tables
-KINDS = {"slots": MetaState, "reset": Reset, "detached": Detached, "feedback": Feedback,
+KINDS = {"slots": MetaState, "reset": LiveReset, "detached": Detached, "feedback": Feedback,
          "logits": LogitFeedback}
 ARMS = {**{name: name for name in KINDS}, "slots": "metastate"}
 

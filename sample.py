@@ -6,7 +6,7 @@ Idea: predict all masked tokens at once, commit the few one is surest of, repeat
 beyond the committed tokens is lost before the next one; the two memories are two ways to keep it.
 So the loop takes the memory as an argument: `memory(backbone, xt, attend, start) -> predict, state`
 is called once, `predict(xt, t, state, at) -> logits, state` at every step. Without memory the state
-is None, for MetaState it is the slots, for MemDLM the fast weights phi.
+is None, for MetaState the slots (with phi and what was read), for MemDLM the fast weights phi.
 Shapes: B batch, L canvas = prompt (left-padded) + answer, V vocabulary, N chosen positions
 Read as: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
 bf16 a row may come out differently alone and padded in a batch, as theirs do), except that

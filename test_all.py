@@ -1556,7 +1556,7 @@ def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
                               batch.attend, batch.t, batch.u, torch.ones(4), 24, inner, 7, exact)
 
 
-def phi_of(monkeypatch, model, batch, x0, inner=OPEN):
+def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
     """The fast weights that loss_prompt answers with."""
     seen = []
     adapt = memdlm.adapt_to_prompt
@@ -1565,7 +1565,8 @@ def phi_of(monkeypatch, model, batch, x0, inner=OPEN):
         seen.append(adapt(*inputs, **options))
         return seen[-1]
     monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
-    prompt_loss(model, batch, inner, x0, batch.given & batch.attend)
+    context = batch.given & batch.attend if context is None else context
+    prompt_loss(model, batch, inner, x0, context)
     monkeypatch.setattr(memdlm, "adapt_to_prompt", adapt)
     return seen[-1]
 
@@ -1575,6 +1576,19 @@ def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch)
     other[:, 8:] = (other[:, 8:] + 1) % 37 + 3
     mine = phi_of(monkeypatch, model, batch, batch.x0)
     theirs = phi_of(monkeypatch, model, batch, other)
+    assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
+
+
+def test_the_phi_of_a_closed_book_does_not_know_the_question_of_any_length(
+        model, batch, monkeypatch):
+    """Row 0's question begins where the texts of the others still go on."""
+    context = batch.attend.clone()
+    context[:, 5:] = False
+    context[0, 3:] = False
+    other = batch.x0.clone()
+    other[0, 3:5] = (other[0, 3:5] + 1) % 37 + 3
+    mine = phi_of(monkeypatch, model, batch, batch.x0, CLOSED, context)
+    theirs = phi_of(monkeypatch, model, batch, other, CLOSED, context)
     assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
 
 
@@ -1798,6 +1812,14 @@ def unrolled(model, batch):
 
 def test_every_module_of_metastate_gets_a_gradient(unrolled):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
+
+
+def test_the_reset_arm_is_the_trained_metastate_started_from_s_0_at_every_step(model, batch):
+    meta = trained_meta(model)
+    reset = metastate.Reset(model.cfg, meta.settings)
+    reset.load_state_dict(meta.state_dict())
+    expected, _ = two_steps(model, meta, batch)
+    assert all(torch.equal(logits, expected) for logits in two_steps(model, reset, batch))
 
 
 def test_the_reset_control_has_as_many_live_parameters_as_metastate(model, batch):
@@ -4354,7 +4376,7 @@ ASSIGNMENTS = {
         measure="recall on `resolve` at 5 passes by hops, for frozen, metastate and reset, after "
                 "`train.py --method metastate` (`niah.py --passes 5`). Exchange the slots of two "
                 "texts after pass 3: whose answer comes?",
-        outcome="the table of finding 2; the exchange was not measured",
+        outcome="the tables of finding 2; with a twin that asks for the other chain the donor's",
         remove={"metastate.py": ["loss_unrolled"]},
         tests=["test_every_module_of_metastate_gets_a_gradient",
                "test_the_reset_control_has_as_many_live_parameters_as_metastate",
