@@ -4211,6 +4211,7 @@ RUNS = {
     "pretrained": "--method mdlm",
     "metastate": UNROLLED,
     **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
+    "no-curriculum": f"{UNROLLED} --curriculum 0",
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
     "closed": "--method memdlm",
     "long": ("--method memdlm --init runs/closed-seed{s} --exact_from 0 --lr 1e-3 --context 128 "
@@ -4239,9 +4240,10 @@ TABLES = {
         "blind at 64 tokens 94 to 100 (closed), 97 to 100 (long), at 1,024 tokens 15 to 80; none "
         "and other 0 to 5. first-order: facts alone about 95, among filler near the set's chance"),
     "hops": Table(
-        ["metastate", "reset", "detached", "logits", "lora"], PASSES, "steps",
+        ["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"], PASSES,
+        "steps",
         "metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes; detached 58 / 68 / 78 / 85 / 94; "
-        "the others 57 to 63 at every pass"),
+        "feedback 59 / 70 / 77 / 89 / 98; the others 57 to 63 at every pass"),
     "decoded": Table(
         ["metastate"], DECODED, "length",
         "resolve 97 to 98 against 59 to 63 frozen; all others within a point of frozen"),
