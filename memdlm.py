@@ -13,7 +13,7 @@ Read as:
 - One phi per sample (the first abstract): LoRA factors with a batch dimension. Sections 3.1 and 3.3
   write "a batch", and the released code shares one phi between the rows of a micro-batch.
 - phi_0: B = 0. A is drawn from the seed and the row's own prompt, so that the memory of a row does
-  not depend on its place in the batch (loss_prompt: from the step's seed alone, one A for all rows).
+  not depend on its place in the batch (loss_prompt: from the step's seed alone, one A for all).
 - Stage 1 targets all masked tokens, not only those that the anchor reveals: Eq. 7 writes x_t, but
   section 4.6 and the code do this.
 - Inner loss: mean over a row's masked tokens, times 1 / mask ratio on a response (training), times
@@ -22,8 +22,9 @@ Read as:
 Beware: in the paper's training the inner loop sees the labels that the outer loss scores. A low
 MemDLM training loss proves nothing.
 Ours: the closed book (loss_prompt). The inner loop writes the context, the outer pass hides it and
-sees the question alone, so whatever is recalled was in the weights. There every token of the prompt is a target once
-(complementary masks), a long prompt is written in chunks, and the gradient may be exact.
+sees the question alone, so whatever is recalled was in the weights. There every token of the
+context is a target once (complementary masks), a long one is written in chunks, and the gradient
+may be exact.
 """
 import zlib
 from dataclasses import dataclass

@@ -305,7 +305,7 @@ class MetaState(nn.Module):
         return h + injector(h.float(), slots, c, self.write_at, place).to(h.dtype)
 
     def read(self, h, slots, c, place, visible):
-        # s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1});  h (B, L, D), slots and what is read (B, M, S)
+        # s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1});  h (B, L, D), slots and read (B, M, S)
         read, weights = self.mixer(slots, h.float(), c, self.read_at, place, visible)
         return self.updater(read, slots, c), weights
 
@@ -444,7 +444,7 @@ class LogitFeedback(Feedback):
     def build(self, D, settings):
         self.gain = nn.Parameter(torch.zeros(()))
         self.sharpness = nn.Parameter(torch.ones(()))
-        # no conditioner and no modules: `slots` are expected embeddings (B, L, D), added as they are
+        # no conditioner, no modules: `slots` are expected embeddings (B, L, D), added as they are
         self.time = nn.Identity()
         self.injectors = [None] * len(self.inject_layers)
 

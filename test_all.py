@@ -3102,6 +3102,12 @@ def test_only_the_five_packages_and_what_transformers_brings_are_imported(file):
     assert {name.split(".")[0] for name in names} <= allowed
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_no_line_is_wider_than_100_columns(file):
+    lines = (HERE / file).read_text().splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
 @pytest.mark.parametrize("file", FILES[:-1])
 def test_no_code_from_a_checkpoint_is_ever_run(file):
     text = (HERE / file).read_text()
