@@ -1655,6 +1655,24 @@ def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is
     assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
 
 
+def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
+    """Twelve tokens are three chunks, and each token's embedding is used in one of them."""
+    model.requires_grad_(True)
+    ids = torch.arange(3, 27).view(2, 12)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    phi, reached = {}, {}
+    for window in (0, 1, 2):
+        inner = dataclasses.replace(CLOSED, window=window)
+        phi[window] = memdlm.adapt_to_prompt(model, ids, None, every, inner, exact=True)
+        size = sum(w.B.pow(2).sum() for w in phi[window].values())
+        grad, = torch.autograd.grad(size, model.embed_tokens.weight)
+        reached[window] = (grad[ids] != 0).any(-1).all(0).tolist()                      # (12,)
+    assert reached == {0: [True] * 12, 1: [False] * 8 + [True] * 4, 2: [False] * 4 + [True] * 8}
+    for window in (1, 2):
+        for name, w in phi[window].items():
+            torch.testing.assert_close(w.B, phi[0][name].B)
+
+
 @pytest.mark.parametrize("n", range(1, 13))
 def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(n):
     u = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
