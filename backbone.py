@@ -700,8 +700,9 @@ def brief(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
-def find_folder(name_or_path):
-    """A folder as it is; a hub name through huggingface_hub (its cache first, then a download)."""
+def find_folder(name_or_path, weights=True):
+    """A folder as it is; a hub name through huggingface_hub (its cache first, then a download).
+    weights=False: settings and tokenizer are enough, so 16 GB need not be fetched."""
     name = str(name_or_path)
     if name and Path(name).is_dir():
         return Path(name)
@@ -709,7 +710,7 @@ def find_folder(name_or_path):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
     from huggingface_hub import snapshot_download
     try:
-        files = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
+        files = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # its own errors are many; the cause is kept
         text = f"{name} is no folder and could not be fetched from the hub ({brief(e)})"
@@ -839,7 +840,7 @@ def adapter_config(folder):
 def adapter_base(folder):
     """Hub name or folder of an adapter's model. ValueError if that is an adapter again."""
     base = adapter_config(folder).base_model_name_or_path
-    if (find_folder(base) / "adapter_config.json").exists():
+    if (find_folder(base, weights=False) / "adapter_config.json").exists():
         raise ValueError(f"{folder}/adapter_config.json: its base {base} is an adapter too")
     return base
 
@@ -901,7 +902,7 @@ def load_tokenizer(name_or_path):
         from niah import tiny_tokenizer  # the closed vocabulary lives where the texts are made
         return tiny_tokenizer()
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-    folder = find_folder(name_or_path)
+    folder = find_folder(name_or_path, weights=False)
     if (folder / "adapter_config.json").exists():
         return load_tokenizer(adapter_base(folder))
     config = read_json(folder / "config.json")

@@ -2672,6 +2672,20 @@ def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here)
         run_train(*options, "--out", "never")
 
 
+def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        return tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
+    cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
+    train.Run(cfg, {}, {})
+    assert asked and not any("*.safetensors" in patterns for patterns in asked)
+
+
 def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
     llada = bb.config_from_json(REAL["llada"])
     parts = train.estimate(llada, "metastate", 1, 1024, 0, meta_cfg=metastate.for_backbone(llada))

@@ -331,7 +331,7 @@ class Run:
         self.base = find_base(cfg)
         model_cfg = BackboneConfig()
         if cfg.source != "tiny":
-            path = find_folder(self.base or cfg.source) / "config.json"
+            path = find_folder(self.base or cfg.source, weights=False) / "config.json"
             model_cfg = config_from_json(read_json(path), path)
         self.meta_cfg = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
         self.meta_cfg.check(model_cfg.n_layers)
@@ -808,7 +808,7 @@ def check_flags(cfg):
 def find_base(cfg):
     """The backbone under the adapter that training starts from, or None. An adapter keeps its own
     rank in training; ValueError if --lora asks for another."""
-    folder = Path("tiny") if cfg.source == "tiny" else find_folder(cfg.source)
+    folder = Path("tiny") if cfg.source == "tiny" else find_folder(cfg.source, weights=False)
     if not (folder / "adapter_config.json").exists():
         return None
     rank = adapter_config(folder).r
