@@ -187,11 +187,11 @@ def chains(task, rng, length, split, count, hops, shuffled, direct=False):
     return Sample(task, text, " ".join(refs), refs, 0.5, depth, hops, length)
 
 
-def resolve(rng, length, split, count):
+def resolve(rng, length, split, count, least=0, most=4):
     """Variable tracking the other way round, answered at once: "? c is" asks for the value c holds,
-    0 to 4 hops up its chain. No name on the way may be written down, so what one pass has worked
-    out is lost to the next, unless there is a memory."""
-    hops = rng.randint(0, 4)
+    `least` to `most` hops up its chain. No name on the way may be written down, so what one pass
+    has worked out is lost to the next, unless there is a memory."""
+    hops = rng.randint(least, most)
     return chains("resolve", rng, length, split, count, hops=hops, shuffled=True, direct=True)
 
 
@@ -269,8 +269,9 @@ TASKS = {
     "resolve": resolve,
     "common": common,
     "stories": stories}
-# facts is for fast weights: no backbone is pretrained on it
-ALL_TASKS = {**TASKS, "facts": facts}
+# No backbone is pretrained on these: facts is for fast weights, and more_hops asks whether slots
+# walk further than they were trained to.
+ALL_TASKS = {**TASKS, "facts": facts, "more_hops": partial(resolve, least=5, most=6)}
 
 
 def make_samples(tasks, length, n, seed, split="train", count=count_words):
