@@ -2064,7 +2064,7 @@ def test_variable_tracking_can_be_solved_by_following_the_chain(task, hops):
 
 
 def test_resolve_can_be_solved_by_following_as_many_links_as_it_tells():
-    for s in niah.make_samples(["resolve"], 64, 200, 0, "eval"):
+    for s in niah.make_samples(["resolve", "more_hops"], 64, 200, 0, "eval"):
         holds = dict(pairs_in(s.prompt))
         word = re.search(r"\? (\w+) is$", s.prompt)[1]
         for _ in range(s.hops + 1):
@@ -4250,9 +4250,15 @@ RUNS = {
     "metastate": UNROLLED,
     **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
     "no-curriculum": f"{UNROLLED} --curriculum 0",
+    **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 8, 16)},
+    **{f"unroll-{n}": f"{UNROLLED} --unroll {n}" for n in (2, 8)},
+    **{f"lambda-{n}": f"{UNROLLED} --balance {n}" for n in (0, 1)},
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
+    "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
+    "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
+    "all-weights": f"{SAME_COST} --lr 1e-3",
     "closed": "--method memdlm",
-    "long": ("--method memdlm --init runs/closed-seed{s} --exact_from 0 --lr 1e-3 --context 128 "
+    "long": ("--method memdlm --init runs/closed-seed{s} --exact_from 0 --lr 1e-3 --context 256 "
              "--steps 400"),
     "first-order": "--method memdlm --exact_from 1",
     "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
