@@ -5,6 +5,7 @@ write (transformers' Llama, Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUC
 short loop written from the paper, without our helpers.
 By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
+  python test_all.py --tables [NAME] [--seeds 0]      the README's tables: read from runs/, or run
   python test_all.py --bench                          times of both memories side by side, minutes
   python test_all.py --rows FILES --against "mdlm off"    one table over training seeds
   python test_all.py --probe CHECKPOINT               can resolve's answer be read from the slots?
@@ -4666,9 +4667,11 @@ def by_hand():
     elif what in ("--probe", "--slots", "--exposure"):
         main = dict(probe=probe_main, slots=slots_main, exposure=exposure_main)[what[2:]]
         main([what, *argv])
+    elif what == "--help":
+        print(__doc__)
     elif what == "--full-size" and len(argv) == 1:
         write_full_size(Path(argv[0]))
-    elif what == "--starter" and len(argv) == 1:
+    elif what == "--starter" and len(argv) == 1 and argv != ["--help"]:
         write_starter(Path(argv[0]))
     else:
         raise ValueError("python test_all.py --card | --bench | --rows FILES | --tables | "

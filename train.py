@@ -53,7 +53,7 @@ class TrainConfig:
     init: str = option(None, "checkpoint to start from (tiny: pretrained once where it is needed)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
                        "\"response\"} or {\"messages\"}; for the closed book with a \"context\"")
-    tasks: list = option(None, "niah tasks (default: all; metastate: half of them resolve)",
+    tasks: list = option(None, "niah tasks (default: all; metastate: half of the rows are resolve)",
                          choices=list(niah.ALL_TASKS))
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps", low=1)
@@ -68,7 +68,8 @@ class TrainConfig:
     plain_share: float = option(0.25, "closed book: share of plain MDLM batches, on --tasks; they "
                                 "keep predictable words out of phi", low=0, high=1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
-    context: int = option(64, "niah: longest training text, in tokens", low=0)
+    context: int = option(64, "niah: longest training text, in tokens (closed book: a quarter of "
+                          "it)", low=0)
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
     lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights are trained", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
