@@ -55,6 +55,8 @@ class MemDLMConfig:
     inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
                            "leak; closed_book: the prompt, which the outer loss then hides",
                            choices=["response", "prompt", "closed_book"])
+    surprise: float = option(0.0, "gamma: a token is written with weight (1 - p)^gamma, p its "
+                             "probability before the step; 0 = all alike", low=0)
     questions: int = option(1, "closed book: consecutive rows that ask about one text and share "
                             "its phi; the writing costs most", low=1)
     exact_from: float = option(1.0, "share of the training steps after which the gradient goes "
@@ -70,7 +72,7 @@ def for_backbone(config, inner_on=None):
         inner_on = "closed_book" if config.family == "tiny" else "response"
     if inner_on == "closed_book":
         return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
-                            questions=4, exact_from=0.6, window=4)
+                            questions=4, exact_from=0.6, window=4, surprise=2.0)
     return MemDLMConfig(inner_on=inner_on)
 
 
@@ -128,8 +130,9 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False):
         ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")              # (N,)
         per_row = weight / masked.sum(1).clamp(min=1)                                   # (B,)
         # a sum over rows: phi of row b occurs in the term of row b only, so its gradient is its own
-        loss = (ce * per_row[masked.nonzero()[:, 0]]).sum()
-        gradients = torch.autograd.grad(loss, factors, create_graph=exact)
+        # (1 - p)^gamma scales a token's gradient; the inner loop does not differentiate it
+        weights = per_row[masked.nonzero()[:, 0]] * (1 - (-ce).exp()) ** inner.surprise
+        gradients = torch.autograd.grad(ce, factors, weights, create_graph=exact)
     stepped = []
     with torch.set_grad_enabled(exact):
         for x, g in zip(factors, gradients):

@@ -1635,12 +1635,15 @@ def test_rows_that_ask_about_one_text_share_its_phi(model, batch):
     torch.testing.assert_close(prompt_loss(model, shared, two), prompt_loss(model, shared, CLOSED))
 
 
-def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not(batch):
+@pytest.mark.parametrize("surprise", [0.0, 2.0])
+def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not(
+        batch, surprise):
+    inner = dataclasses.replace(CLOSED, surprise=surprise)
     model = random_backbone().double().requires_grad_(True)
     p = model.layers[0].ffn.up.weight
     slopes = {}
     for exact in (True, False):
-        loss = prompt_loss(model, batch, CLOSED, exact=exact)
+        loss = prompt_loss(model, batch, inner, exact=exact)
         grad, = torch.autograd.grad(loss, p)
         direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).double()
         slopes[exact] = (grad * direction).sum().item()
@@ -1648,12 +1651,28 @@ def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is
     for sign in (1, -1):
         with torch.no_grad():
             p += sign * 2e-4 * direction
-        ends.append(prompt_loss(model, batch, CLOSED).item())
+        ends.append(prompt_loss(model, batch, inner).item())
         with torch.no_grad():
             p -= sign * 2e-4 * direction
     measured = (ends[0] - ends[1]) / 4e-4
     assert slopes[True] == pytest.approx(measured, rel=1e-2)
     assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
+
+
+def test_surprise_scales_the_gradient_of_each_token_by_one_minus_its_probability(model):
+    """One masked token: its step is the plain one times (1 - p)^gamma."""
+    ids = torch.arange(3, 8)[None]
+    masked = ids == 5
+    xt = ids.masked_fill(masked, 1)
+    phi = memdlm.init_phi(model, [0], CLOSED)
+    ctx = model.context(xt)
+    h = model.run(model.embed(xt), ctx, 0, memdlm.first_fast_layer(model, CLOSED))
+    plain, scaled = (memdlm.inner_step(model, phi, h, ctx, ids, masked, torch.ones(1),
+                                       dataclasses.replace(CLOSED, surprise=gamma))
+                     for gamma in (0.0, 2.0))
+    p = model(xt, at=masked).softmax(-1)[0, 5]
+    for name, w in plain.items():
+        torch.testing.assert_close(scaled[name].B, w.B * (1 - p) ** 2)
 
 
 def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
