@@ -485,14 +485,15 @@ class Run:
                                  f"{self.cfg.seed} {step}", "train", count)
 
     def closed_samples(self, step, rng):
-        """Texts with some questions each. As long as the gradient is first order the facts stand
-        alone; then they lie among ever more filler, in the end up to four times the usual length,
-        in several chunks. (All lengths at once: the loss rose from 0.2 to 2.5, and was 300 steps
-        in coming back.)"""
+        """Texts with some questions each. At first the facts stand alone; when the gradient becomes
+        exact (with --exact_from 1: after 60 %) they lie among ever more filler, in the end up to
+        four times the usual length, in several chunks. (All lengths at once: the loss rose from 0.2
+        to 2.5, and was 300 steps in coming back.)"""
         c = self.cfg.context
         length = 0
-        if step >= self.exact_step:
-            done = (step - self.exact_step) / (self.cfg.steps - self.exact_step)
+        alone = min(self.exact_step, 0.6 * self.cfg.steps)
+        if step >= alone:
+            done = (step - alone) / (self.cfg.steps - alone)
             length = rng.choice([0, c // 2, c, 2 * c, 4 * c][:2 + int(4 * done)])
         count = niah.token_counter(self.tokenizer, self.backbone.cfg)
         task = partial(niah.facts, most=12)
