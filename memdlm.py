@@ -23,8 +23,8 @@ Beware: in the paper's training the inner loop sees the labels that the outer lo
 MemDLM training loss proves nothing.
 Ours: the closed book (loss_prompt). The inner loop writes the context, the outer pass hides it and
 sees the question alone, so whatever is recalled was in the weights. There every token of the
-context is a target once (complementary masks), a long one is written in chunks, and the gradient
-may be exact.
+context is a target once (complementary masks), a long one is written in chunks, what is predicted
+already is hardly written (surprise), and the gradient may be exact.
 """
 import zlib
 from dataclasses import dataclass
