@@ -4303,14 +4303,20 @@ class Table(NamedTuple):
 TABLES = {
     "closed": Table(
         ["closed", "long", "first-order"], HIDDEN, "length",
-        "blind, three seeds: at 64 tokens 91 to 100 (closed), 95 to 100 (long), at 1,024 tokens 14 "
-        "to 54 (closed), 44 to 75 (long); none and other 0 to 4. first-order, seed 0: facts alone "
-        "94.5 and 86.5, at 64 tokens 27 and 13, which is the set's chance"),
+        "blind, three seeds: at 64 tokens 90 to 100 (closed), 93 to 100 (long), at 1,024 tokens 74 "
+        "to 89 (closed), 87 to 96 (long); none and other 0 to 4"),
     "hops": Table(
         ["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"], PASSES,
         "steps",
-        "metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes; detached 58 / 68 / 78 / 85 / 94; "
-        "feedback 59 / 70 / 77 / 89 / 98; the others 57 to 63 at every pass"),
+        "metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and feedback the same or "
+        "a little less; the others 57 to 63 at every pass"),
+    "sizes": Table(
+        ["slots-2", "slots-8", "slots-16", "unroll-2", "unroll-8", "lambda-0", "lambda-1"], PASSES,
+        "steps",
+        "seed 0, after 5 passes: 56, 64, 95; 68 (flat from the second pass), 99; 99, 99"),
+    "rates": Table(
+        ["lora", "lora-1e-3", "lora-3e-4", "all-weights"], PASSES, "steps",
+        "at every pass what the frozen backbone has, 57 to 63"),
     "decoded": Table(
         ["metastate"], DECODED, "length",
         "resolve 97 to 98 against 59 to 63 frozen; all others within a point of frozen"),
