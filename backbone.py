@@ -66,13 +66,17 @@ class BackboneConfig:
     qk_norm: bool = option(False, "RMSNorm over each head, before RoPE (LLaDA-MoE)")
     n_experts: int = option(0, "0: one SwiGLU; LLaDA-MoE: 64", 0, 10**4)
     experts_per_token: int = option(0, "LLaDA-MoE: 8", 0)
-    # Tiny preset ONLY: a model of its size learns key-value lookup in minutes only if it can see
-    # the token before. Fast weights live in the feed-forward layers: they bind a value to its key
-    # only if they see the key, too, and so the convolution must go into the residual stream.
+    # Tiny preset ONLY: a model of its size learns key-value lookup in minutes only if attention can
+    # see the token before. Fast weights live in the feed-forward layers: they bind a value to its
+    # key only if they see the key, too. There are two ways. From noise, the convolution goes into
+    # the residual stream. A model that reads already would be disturbed by that, so its layers with
+    # fast weights get a convolution of their own.
     conv_width: int = option(5, "depthwise convolution before attention, 0: none", 0, 999)
     # repr=False, here and below: fingerprints in existing MetaState checkpoints were taken over
     # the other fields
     conv_residual: bool = option(False, "it goes into the residual stream", repr=False)
+    ffn_convs: int = option(0, "so many layers, from the top, have one before their FFN too", 0,
+                            10**4, repr=False)
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
     max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)
@@ -94,6 +98,9 @@ class BackboneConfig:
             raise ValueError(f"head_dim={self.head_dim}: RoPE needs two equal halves")
         if self.conv_width and not self.conv_width % 2:
             raise ValueError(f"conv_width={self.conv_width} is even, and so it has no middle")
+        if self.ffn_convs > self.n_layers * bool(self.conv_width):
+            raise ValueError(f"ffn_convs={self.ffn_convs} is more than the layers that have a "
+                             f"convolution")
         if not (self.n_experts > 0) <= self.experts_per_token <= self.n_experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} does not fit "
                              f"n_experts={self.n_experts}")
@@ -259,18 +266,29 @@ class Block(nn.Module):
         self.ffn = MixtureFFN(cfg) if cfg.n_experts else FFN(cfg.d_model, cfg.d_ff)
         if cfg.conv_width:
             self.conv = nn.Parameter(torch.zeros(cfg.conv_width, cfg.d_model))
+        self.ffn_conv = None  # until Backbone.add_ffn_convs
 
     def forward(self, h, ctx, phi=None, name=""):  # (B, L, D)
         x = self.attn_norm(h)
         if self.cfg.conv_width:
-            # near[i] = sum_j conv[j] * x[i + j - width // 2], with zeros for padding and beyond
-            near = x if ctx.attend is None else x * ctx.attend[..., None]
-            near = F.conv1d(near.mT, self.conv.mT[:, None], padding="same", groups=h.shape[-1]).mT
+            near = neighbours(x, self.conv, ctx.attend)
             if self.cfg.conv_residual:
                 h = h + near
-            x = self.attn_norm(h) if self.cfg.conv_residual else x + near
+                x = self.attn_norm(h)
+            else:
+                x = x + near
         h = h + self.attn(x, ctx)
-        return h + self.ffn(self.ffn_norm(h), phi, name + "ffn.")
+        x = self.ffn_norm(h)
+        if self.ffn_conv is not None:
+            x = x + neighbours(x, self.ffn_conv, ctx.attend)
+        return h + self.ffn(x, phi, name + "ffn.")
+
+
+def neighbours(x, conv, attend):
+    """y[i] = sum_j conv[j] * x[i + j - width // 2], with zeros for padding and beyond the ends.
+    x (B, L, D), conv (width, D), attend (B, L) bool or None."""
+    x = x if attend is None else x * attend[..., None]
+    return F.conv1d(x.mT, conv.mT[:, None], padding="same", groups=x.shape[-1]).mT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,6 +308,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.add_ffn_convs(cfg.ffn_convs)
 
     def context(self, ids, attend=None):
         """ids (B, L); attend (B, L) bool, False = padding, wherever it stands. Once per canvas."""
@@ -336,9 +355,10 @@ class Backbone(nn.Module):
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
             elif name.endswith("conv"):
-                # in the residual stream it must be heard beside a token's own embedding: with the
-                # smaller bound, binding values to keys takes about three times as long
-                bound = (4 if self.cfg.conv_residual else 1) * p.shape[0] ** -0.5
+                # a convolution that the FFN hears must be loud beside a token's own embedding: with
+                # the smaller bound, binding values to keys takes about three times as long
+                loud = self.cfg.conv_residual or "ffn" in name
+                bound = (4 if loud else 1) * p.shape[0] ** -0.5
                 p.uniform_(-bound, bound, generator=generator)
             elif "embed" in name:
                 p.normal_(0, 0.5, generator=generator)
@@ -357,6 +377,16 @@ class Backbone(nn.Module):
         for module in linear:
             module.add_lora(rank, alpha, generator, dropout)
         return self
+
+    def add_ffn_convs(self, layers, generator=None):
+        """Tiny models: a convolution before the FFN of the last so many layers, for fast weights
+        to see a token's neighbours."""
+        self.cfg.ffn_convs = layers
+        for layer in self.layers[self.cfg.n_layers - layers:]:
+            conv = torch.empty(self.cfg.conv_width, self.cfg.d_model)
+            bound = 4 * len(conv) ** -0.5  # as in init_weights
+            conv.uniform_(-bound, bound, generator=generator)
+            layer.ffn_conv = nn.Parameter(conv.to(self.device, self.dtype))
 
     @property
     def device(self):

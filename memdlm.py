@@ -255,9 +255,9 @@ def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, 
                 exact=False):
     """The bilevel loss whose inner loop writes tokens that are never scored: no leak.
 
-    context (B, L) bool: the tokens to write, at the left of the answer. With inner_on="closed_book"
-    the outer pass cannot see them, so what it recalls was in the weights. A batch without context
-    (all False: whole sequences are denoised) has nothing to write and is plain MDLM.
+    context (B, L) bool: the tokens to write, at the left of the answer. Where attend is False for
+    them the book is closed: the outer pass cannot see them, and what it recalls was in the weights.
+    A batch without context has nothing to write and is plain MDLM.
     exact: the gradient goes back through the inner steps (Eq. 5 as it stands); else Eq. 10."""
     # Trained with it, too, it helps less: recall at 1,024 tokens 82 in place of 93 (one seed,
     # gamma = 2 in both)
@@ -273,11 +273,9 @@ def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, 
         phi = {name: LowRank(w.A.repeat_interleave(inner.questions, 0),
                              w.B.repeat_interleave(inner.questions, 0), w.scale)
                for name, w in phi.items()}
-        if inner.inner_on == "closed_book":
-            # positions count from the first visible token, so columns that no row sees can go
-            attend = attend & ~context
-            seen = slice(int(attend.any(0).float().argmax()), None)
-            x0, given, attend, u = (x[:, seen] for x in (x0, given, attend, u))
+        # columns that no row sees can go: positions count from the first visible token
+        seen = slice(int(attend.any(0).float().argmax()), None)
+        x0, given, attend, u = (x[:, seen] for x in (x0, given, attend, u))
     xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
     logits = backbone(xt, attend, masked, phi)
     return masked_loss(logits, x0, masked, weight, n_maskable)

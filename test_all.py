@@ -625,8 +625,8 @@ def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tm
         assert matrices - found == {"model.embed_tokens", "lm_head"}
 
 
-def test_a_residual_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
-    """Without attention, token i depends on token i - 1 only if the convolution is residual."""
+def test_a_second_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
+    """Without attention, token i depends on token i - 1 through the second convolution alone."""
     def influence(**options):
         model = random_backbone(**options)
         for layer in model.layers:
@@ -636,8 +636,8 @@ def test_a_residual_convolution_reaches_the_feed_forward_layers_and_ignores_padd
         other[0, 3] = (other[0, 3] - 2) % 37 + 3
         return (model(ids) - model(other))[0, 4].abs().max()
     assert influence() == 0
-    assert influence(conv_residual=True) > 0
-    model = random_backbone(conv_residual=True)
+    assert influence(ffn_convs=1) > 0
+    model = random_backbone(ffn_convs=1)
     row = torch.randint(3, 40, (1, 9))
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), row], 1)
     attend = torch.arange(14)[None] >= 5
@@ -692,6 +692,7 @@ BAD_CONFIGS = [
     ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer is an unknown entry"),
     ("llada", OURS % '{"n_layers": "3"}', "backbone: n_layers must be int"),
     ("llada", OURS % '{"conv_width": 4}', "conv_width=4 is even"),
+    ("llada", OURS % '{"ffn_convs": 4}', "ffn_convs=4 is more than the layers"),
     ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids must be a list"),
 ]
 
@@ -863,7 +864,7 @@ def test_a_changed_byte_in_our_json_is_found_and_files_without_checksum_still_lo
         load_backbone(tmp_path, "cpu")
     raw = json.loads(good)
     del raw["crc32"]                            # as older versions wrote it
-    del raw["backbone"]["conv_residual"]
+    del raw["backbone"]["ffn_convs"]
     del raw["backbone"]["extra_stop_ids"]
     path.write_text(json.dumps(raw))
     load_backbone(tmp_path, "cpu")
@@ -1554,8 +1555,9 @@ def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
     if context is None:
         context = batch.attend.clone()
         context[:, 5:] = False
-    return memdlm.loss_prompt(model, batch.x0 if x0 is None else x0, context, batch.given,
-                              batch.attend, batch.t, batch.u, torch.ones(4), 24, inner, 7, exact)
+    attend = batch.attend & ~context if inner.inner_on == "closed_book" else batch.attend
+    return memdlm.loss_prompt(model, batch.x0 if x0 is None else x0, context, batch.given, attend,
+                              batch.t, batch.u, torch.ones(4), 24, inner, 7, exact)
 
 
 def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
@@ -3033,6 +3035,21 @@ def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
         read_jsonl("chats.jsonl")
 
 
+def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(here):
+    run_train(*MDLM, "--steps", 1, "--out", "reader")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--out", "noise")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--out", "one")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "one", "--fraction", 1.0, "--out", "two")
+    found = {}
+    for run in ("reader", "noise", "one", "two"):
+        model = load_backbone(run, "cpu")
+        found[run] = (model.cfg.conv_residual, [b.ffn_conv is not None for b in model.layers])
+    assert found == {"reader": (False, [False, False, False]),
+                     "noise": (True, [False, False, False]),
+                     "one": (False, [False, False, True]),
+                     "two": (False, [False, False, True])}
+
+
 def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monkeypatch):
     """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
@@ -4282,24 +4299,86 @@ RUNS = {
     "closed": "--method memdlm",
     "long": ("--method memdlm --init runs/closed-seed{s} --exact_from 0 --lr 1e-3 --context 256 "
              "--steps 400"),
+    "reads": f"--method memdlm {ON_PRETRAINED} --plain_share 0.3 --exact_from 0.5 --steps 2400",
+    "reads-mdlm": (f"--method mdlm {ON_PRETRAINED} --tasks facts --context 256 --lr 3e-3 "
+                   "--batch_size 48 --full_share 0 --steps 2000"),
     "first-order": "--method memdlm --exact_from 1",
+    **{f"rank-{n}": f"--method memdlm --rank {n}" for n in (1, 4)},
+    "layers-2": "--method memdlm --fraction 0.5",
     "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --context 1024 --lr 1e-3 "
                   "--full_share 0 --steps 800"),
     "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
     "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
 
-# arguments of niah.py, and the file that its rows go to; None: the losses in log.jsonl
+# arguments of niah.py, and the file that its rows go to
 PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --seed 1000 --arms {arm}", "passes.jsonl"
 DECODED = "--lengths 64 --n 500 --seed 1000 --arms frozen {arm}", "niah.jsonl"
 HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 --n 200 --seed 1000 --arms none "
           "blind phi other", "closed_book.jsonl")
+CAPACITY = ("--closed_book --facts 1 2 4 8 16 24 --lengths 0 --n 200 --seed 1000 --arms blind",
+            "capacity.jsonl")
 IN_VIEW = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 --n 200 --seed 1000 --arms open",
            "closed_book.jsonl")
 
 
+def ensure(name, seed):
+    """The folder of a run, trained first if it is not there."""
+    folder = Path(f"runs/{name}-seed{seed}")
+    arguments = RUNS[name].format(s=seed).split()
+    for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
+        ensure(needed, seed)
+    if not folder.exists():
+        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
+    return folder
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, HERE / name, *arguments]
+    print("$ python", *command[1:], flush=True)
+    subprocess.run([str(x) for x in command], check=True)
+
+
+def measured_rows(name, seed, measure):
+    """The JSONL file of a measurement, made first if it is not there."""
+    arguments, file = measure
+    folder = ensure(name, seed)
+    if not (folder / file).exists():
+        arm = metastate.ARMS.get(name, "metastate" if "metastate" in RUNS[name] else "off")
+        run_script("niah.py", "--checkpoint", folder, "--out", folder / file,
+                   *arguments.format(arm=arm).split())
+    return folder / file
+
+
+def log_rows(run, seed):
+    log = (ensure(run, seed) / "log.jsonl").read_text()
+    return [json.loads(line) for line in log.splitlines()]
+
+
+def learning_curve(runs, seeds):
+    """Recall of four facts alone, on 50 texts, at every tenth of the training, in %."""
+    lines = []
+    for run, seed in itertools.product(runs, seeds):
+        shown = [row for row in log_rows(run, seed) if "recalled" in row]
+        lines.append(f"{f'{run}-seed{seed}':<20}"
+                     + "".join(f"{100 * row['recalled']:>7.0f}" for row in shown))
+    steps = "".join(f"{row['step'] + 1:>7}" for row in shown)
+    return "\n".join([f"{'after step':<20}{steps}", *lines])
+
+
+def losses(runs, seeds):
+    """The training loss of the last 50 steps, and the last held-out loss, memory off."""
+    lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
+    for run, seed in itertools.product(runs, seeds):
+        rows = log_rows(run, seed)
+        last = [row["loss"] for row in rows[-50:]]
+        held_out = rows[-1]["held_out_off"]
+        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
+    return "\n".join(lines)
+
+
 class Table(NamedTuple):
     runs: list
-    measure: tuple
+    measure: object             # one of the above, or a function of runs and seeds
     by: str                     # the columns
     expected: str               # what was seen, and may be expected again
 
@@ -4330,48 +4409,9 @@ TABLES = {
         ["metastate"], DECODED, "length",
         "resolve 97 to 98 against 59 to 63 frozen; all others within a point of frozen"),
     "trap": Table(
-        ["trap", "trap-mdlm"], None, "",
+        ["trap", "trap-mdlm"], losses, "",
         "trap: training loss 0.000, held-out loss 0.5 to 0.8; trap-mdlm 0.06 to 0.07, 0.15 to "
         "0.18. Before: 0.13 to 0.18")}
-
-
-def ensure(name, seed):
-    """The folder of a run, trained first if it is not there."""
-    folder = Path(f"runs/{name}-seed{seed}")
-    arguments = RUNS[name].format(s=seed).split()
-    for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
-        ensure(needed, seed)
-    if not folder.exists():
-        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
-    return folder
-
-
-def run_script(name, *arguments):
-    command = [sys.executable, HERE / name, *arguments]
-    print("$ python", *command[1:], flush=True)
-    subprocess.run([str(x) for x in command], check=True)
-
-
-def measured_rows(name, seed, measure):
-    """The JSONL file of a measurement, made first if it is not there."""
-    arguments, file = measure
-    folder = ensure(name, seed)
-    if not (folder / file).exists():
-        arm = metastate.ARMS.get(name, "metastate" if "metastate" in RUNS[name] else "off")
-        run_script("niah.py", "--checkpoint", folder, *arguments.format(arm=arm).split())
-    return folder / file
-
-
-def losses(runs, seeds):
-    """The training loss of the last 50 steps, and the last held-out loss, memory off."""
-    lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
-    for run, seed in itertools.product(runs, seeds):
-        log = (ensure(run, seed) / "log.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in log]
-        last = [row["loss"] for row in rows[-50:]]
-        held_out = rows[-1]["held_out_off"]
-        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
-    return "\n".join(lines)
 
 
 def tables(argv):
@@ -4385,8 +4425,8 @@ def tables(argv):
         if name not in TABLES:
             raise ValueError(f"--tables {name}: there are {', '.join(TABLES)}")
         t = TABLES[name]
-        if t.measure is None:
-            shown = losses(t.runs, args.seeds)
+        if callable(t.measure):
+            shown = t.measure(t.runs, args.seeds)
         else:
             files = [measured_rows(run, seed, t.measure) for run in t.runs for seed in args.seeds]
             shown = table_over_seeds(files, "recall", t.by)
@@ -4415,7 +4455,7 @@ def test_a_table_reads_what_is_there_and_runs_what_is_not(here, monkeypatch, cap
 
 
 def test_the_table_of_the_trap_shows_training_loss_beside_held_out_loss(here, monkeypatch, capsys):
-    monkeypatch.setitem(TABLES, "some", Table(["trap"], None, "", "a gap"))
+    monkeypatch.setitem(TABLES, "some", Table(["trap"], losses, "", "a gap"))
     folder = Path("runs/trap-seed3")
     folder.mkdir(parents=True)
     Path("runs/pretrained-seed3").mkdir()

@@ -119,7 +119,7 @@ class Batch(NamedTuple):
     """Rows of data with their noise: prompts, padded on the left, and the answers at the end."""
     x0: torch.Tensor            # (B, L) clean tokens
     given: torch.Tensor         # (B, L) bool, prompt or padding: never masked, no loss
-    attend: torch.Tensor        # (B, L) bool, False = padding
+    attend: torch.Tensor        # (B, L) bool, False = padding, or hidden (the closed book)
     t: torch.Tensor             # (B,)
     u: torch.Tensor             # (B, L) uniform numbers: token i is masked where u < t
     context: torch.Tensor       # (B, L) bool, the text that MemDLM's inner loop writes into phi
@@ -376,8 +376,6 @@ class Run:
         self.tokenizer = load_tokenizer(source)
         torch.manual_seed(cfg.seed)
         if source == "tiny":
-            # the closed book too is learned from noise: a model that reads first binds values to
-            # keys far more slowly
             self.backbone = Backbone(BackboneConfig(conv_residual=self.closed)).init_weights()
             self.backbone.to(self.device, dtype)
         else:
@@ -395,6 +393,8 @@ class Run:
         if self.to_pretrain:
             pretrain(cfg)
             self.backbone = load_backbone(cfg.init, self.device, dtype)
+        if self.closed:
+            self.show_keys_to_ffn()
         self.backbone.checkpointing = cfg.checkpointing
         self.width = niah.BUDGET if self.examples is None else 0        # of an answer, at least
         self.exact_step = self.inner.exact_from * cfg.steps
@@ -402,6 +402,13 @@ class Run:
         self.seconds = 0.0
         self.add_memory()
         self.make_optimizer()
+
+    def show_keys_to_ffn(self):
+        """A tiny backbone whose FFN cannot see a token's neighbours gets convolutions there."""
+        config = self.backbone.cfg
+        if config.family == "tiny" and not (config.conv_residual or config.ffn_convs):
+            fast = config.n_layers - memdlm.first_fast_layer(self.backbone, self.inner)
+            self.backbone.add_ffn_convs(fast, torch.Generator().manual_seed(self.cfg.seed))
 
     def add_memory(self):
         """The arms, plain first; the loss of the watched one is logged."""
@@ -463,7 +470,8 @@ class Run:
         if closed:
             # most rows ask for the whole answer, as the first step of decoding does
             whole = torch.rand(len(batch.t), generator=generator) < 0.75
-            batch = batch._replace(t=batch.t.masked_fill(whole, 1.0))
+            batch = batch._replace(t=batch.t.masked_fill(whole, 1.0),
+                                   attend=batch.attend & ~batch.context)
         nothing = torch.zeros_like(batch.context)
         if self.closed and not closed:
             batch = batch._replace(context=nothing)
