@@ -27,10 +27,12 @@ context is a target once (complementary masks), a long one is written in chunks,
 already is hardly written at inference (surprise), and the gradient may be exact.
 """
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbone import LowRank, corrupt, masked_loss, option, smallest
 
@@ -72,7 +74,7 @@ def for_backbone(config, inner_on=None):
         inner_on = "closed_book" if config.family == "tiny" else "response"
     if inner_on == "closed_book":
         return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
-                            questions=4, exact_from=0.6, window=4, surprise=4.0)
+                            questions=4, exact_from=0.6, window=4, surprise=8.0)
     return MemDLMConfig(inner_on=inner_on)
 
 
@@ -123,9 +125,12 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False):
     factors = [x for w in phi.values() for x in (w.A, w.B)]
     for x in factors:
         x.requires_grad_()              # no change to a factor that is already part of the graph
-    with torch.enable_grad():
+    first = first_fast_layer(backbone, inner)
+    # fast attention kernels have no second derivative, which attention above a phi needs
+    slow = exact and first < backbone.cfg.n_layers - 1
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
         # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt)
-        h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
+        h = backbone.run(h, ctx, first, phi=phi)
         logits = backbone.head(h, ctx, masked)                                          # (N, V)
         ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")              # (N,)
         per_row = weight / masked.sum(1).clamp(min=1)                                   # (B,)

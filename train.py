@@ -393,7 +393,7 @@ class Run:
         if self.to_pretrain:
             pretrain(cfg)
             self.backbone = load_backbone(cfg.init, self.device, dtype)
-        if self.closed:
+        if self.closed and not cfg.lora:
             self.show_keys_to_ffn()
         self.backbone.checkpointing = cfg.checkpointing
         self.width = niah.BUDGET if self.examples is None else 0        # of an answer, at least
@@ -404,7 +404,8 @@ class Run:
         self.make_optimizer()
 
     def show_keys_to_ffn(self):
-        """A tiny backbone whose FFN cannot see a token's neighbours gets convolutions there."""
+        """A tiny backbone whose FFN cannot see a token's neighbours gets convolutions there. (An
+        adapter could not hold them.)"""
         config = self.backbone.cfg
         if config.family == "tiny" and not (config.conv_residual or config.ffn_convs):
             fast = config.n_layers - memdlm.first_fast_layer(self.backbone, self.inner)
