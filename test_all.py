@@ -3689,8 +3689,8 @@ def read_rows(files, metric, by, tasks):
         for number, line in enumerate(Path(file).read_text().splitlines(), 1):
             try:
                 r = json.loads(line)
-                if "facts" in r:
-                    r["task"] = f"{r['facts']} facts"
+                if "facts" in r:                        # a row of the closed book has no steps
+                    r.update(task="facts" if by == "facts" else f"{r['facts']} facts", steps=0)
                 text = tuple(str(r[k]) for k in ("task", "seed", "length", "steps", "prompt"))
                 column = int(r[by])
                 value = float(r[metric])
@@ -3764,7 +3764,7 @@ def table_over_seeds(files, metric, by, against=None, tasks=None):
     if against and against not in names:
         raise ValueError(f"--against {against!r}: the lines are {', '.join(names)}")
     columns = sorted({column for cells in groups.values() for column in cells})
-    head = f"{metric + ' by ' + by:<18}{'run, arm':<26}"
+    head = f"{metric + ' by ' + by:<18}{'run, arm':<30}"
     lines = [head + "".join(f"{c:>14} " for c in columns) + "  seeds"]
     found = {task for task, _ in groups} - {"all"}
     order = [task for task in niah.TASKS if task in found] + sorted(found - set(niah.TASKS))
@@ -3776,7 +3776,7 @@ def table_over_seeds(files, metric, by, against=None, tasks=None):
             cells = {c: differences(cells[c], base.get(c, {})) for c in cells}
         n_seeds = max(len({seed for seed, _ in cell}) for cell in cells.values())
         shown = "".join(show_cell(cells.get(c), bool(against)) for c in columns)
-        lines.append((order.index(task), f"{task:<18}{name:<26}{shown}{n_seeds:>7}"))
+        lines.append((order.index(task), f"{task:<18}{name:<30}{shown}{n_seeds:>7}"))
     return "\n".join(lines[:1] + [line for _, line in sorted(lines[1:])])
 
 
@@ -4501,6 +4501,20 @@ def test_the_table_of_the_trap_shows_training_loss_beside_held_out_loss(here, mo
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tables(["some", "--seeds", "3"])
     assert "trap-seed3 0.250 1.500" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_table_reads_the_rows_that_the_closed_book_writes(here):
+    model = random_backbone(vocab_size=139)
+    file = Path("closed-seed3/closed_book.jsonl")
+    file.parent.mkdir()
+    niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none", "blind"], [1, 2], [0], 3, 1,
+                     file)
+    by_facts, by_length = (table_over_seeds([file], "recall", by) for by in ("facts", "length"))
+    assert [line.split()[:3] for line in by_facts.splitlines()[1:]] == [
+        ["facts", "closed", "blind"], ["facts", "closed", "none"]]
+    assert by_facts.splitlines()[1].count("±") == 2
+    assert [line.split()[0] for line in by_length.splitlines()[1:]] == ["1"] * 2 + ["2"] * 2 + [
+        "all"] * 2
 
 
 def test_the_learning_curve_shows_recall_at_every_evaluation(here, monkeypatch, capsys):
