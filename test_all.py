@@ -4405,7 +4405,7 @@ TABLES = {
         "open+phi 99 to 100, 51 to 65; phi 36 to 45, 89 to 95; none and other 0 to 4"),
     "attention": Table(
         ["reads-mdlm"], IN_VIEW, "length",
-        "three seeds: 100 up to 256 tokens, 27 to 55 at 1,024"),
+        "three seeds: 100 up to 256 tokens, 27 to 57 at 1,024"),
     "long-attention": Table(
         ["open-long"], IN_VIEW, "length",
         "seed 0: 97 to 100 everywhere",
