@@ -27,7 +27,7 @@ Decided here (measured effects are in the README):
   first spread over prompt and answer. At the embedding all masks look the same, so without a code
   nothing is learned; with places on the answer alone hardly anything either: what a second pass
   needs is what the first one worked out about the prompt. The price: slots reach no farther than
-  the texts that they were trained on (README, finding 2).
+  the texts that they were trained on (one seed; README, finding 2).
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
 - lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), which decides

@@ -4427,8 +4427,8 @@ TABLES = {
         ["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"], PASSES,
         "steps",
         "metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and feedback the same, "
-        "or (seed 2) 10 points less; the others 57 to 63 at every pass, but "
-        "for lora in seed 1: 70"),
+        "or (seed 2) 10 points less; the others 57 to 63 at every pass, but for lora in seed 1: "
+        "70"),
     "sizes": Table(
         ["slots-2", "slots-8", "slots-16", "unroll-2", "unroll-8", "lambda-0", "lambda-1"], PASSES,
         "steps",
