@@ -4331,6 +4331,10 @@ CAPACITY = ("--closed_book --facts 1 2 4 8 16 24 --lengths 0 --n 200 --seed 1000
             "capacity.jsonl")
 BOTH = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms none open "
         "blind phi open+phi other", "reads.jsonl")
+FAR = ("--closed_book --facts 4 8 --lengths 2048 4096 --n 100 --seed 1000 --arms blind",
+       "far.jsonl")
+WRONG = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms random "
+         "flipped uncovered", "wrong.jsonl")
 IN_VIEW = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms open",
            "reads.jsonl")
 
@@ -4403,6 +4407,13 @@ TABLES = {
         ["reads"], BOTH, "length",
         "three seeds: blind 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; "
         "open+phi 99 to 100, 51 to 65; phi 36 to 45, 89 to 95; none and other 0 to 4"),
+    "far": Table(
+        ["reads"], FAR, "length",
+        "three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096"),
+    "wrong": Table(
+        ["reads"], WRONG, "length",
+        "seed 0: 0 to 4 everywhere",
+        seeds=(0,)),
     "attention": Table(
         ["reads-mdlm"], IN_VIEW, "length",
         "three seeds: 100 up to 256 tokens, 27 to 57 at 1,024"),

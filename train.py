@@ -110,9 +110,9 @@ DEFAULTS = {
 
 # All that a run writes into its folder, and all that --overwrite deletes.
 WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
-    closed_book.jsonl capacity.jsonl reads.jsonl slots.jsonl adapter_model.safetensors
-    adapter_config.json metastate.json metastate.safetensors tokenizer.json tokenizer_config.json
-    special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
+    closed_book.jsonl capacity.jsonl reads.jsonl far.jsonl wrong.jsonl slots.jsonl
+    adapter_model.safetensors adapter_config.json metastate.json metastate.safetensors
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
