@@ -207,13 +207,15 @@ def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, se
 # --------------------------------------------------------------------------------------------------
 # 3. The inner loop on a prompt: the paper's inference, and training without a leak.
 
-def adapt_to_prompt(backbone, ids, attend, prompt, inner, seed=0, exact=False, one_start=False):
+def adapt_to_prompt(backbone, ids, attend, prompt, inner, seed=0, exact=False, one_start=False,
+                    phi=None):
     """Write a prompt into fast weights: phi_K for each row. ids, prompt (B, L), prompt True = a
     token to learn from; attend (B, L) or None.
 
     All random numbers of a row come from the seed and its own prompt, and chunks are counted from
     the right end: the phi of a row is the same alone and in any batch padded on the left.
-    one_start: all rows start from the A of the seed alone."""
+    one_start: all rows start from the A of the seed alone. phi: what is written already; the prompt
+    is added to it."""
     attend = torch.ones_like(prompt) if attend is None else attend
     prompt = prompt & attend & (ids != backbone.cfg.mask_id)
     seeds = row_seeds(ids, prompt, seed)
@@ -221,7 +223,7 @@ def adapt_to_prompt(backbone, ids, attend, prompt, inner, seed=0, exact=False, o
     for row, own, s in zip(u, prompt.cpu(), seeds):
         row[own] = torch.rand(int(own.sum()), generator=torch.Generator().manual_seed(s + 1))
     u = u.to(ids.device)
-    phi = init_phi(backbone, [seed] * len(ids) if one_start else seeds, inner)
+    phi = phi or init_phi(backbone, [seed] * len(ids) if one_start else seeds, inner)
     L = ids.shape[1]
     size = inner.chunk or L
     for stop in reversed(range(L, 0, -size)):

@@ -2297,7 +2297,28 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
         assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
         torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
         assert not torch.equal(phi["uncovered"][name].B, w.B)
-        assert not torch.equal(phi["phi"][name].B, w.B)
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_the_question_is_written_with_its_text_or_where_there_are_chunks_as_one_of_its_own(chunk):
+    model = load_backbone("tiny", "cpu")
+    tokenizer = load_tokenizer("tiny")
+    samples = closed_samples()
+    inner = dataclasses.replace(CLOSED, chunk=chunk)
+    phi = niah.write_texts(model, tokenizer, samples, "phi", inner)
+
+    def ids(text):
+        return torch.tensor([tokenizer.encode(text)])
+    for row, s in enumerate(samples):
+        if chunk:
+            one = niah.write_texts(model, tokenizer, [s], "blind", inner)
+            every = torch.ones_like(ids(s.question), dtype=torch.bool)
+            one = memdlm.write_chunk(model, one, ids(s.question), every, every, None, inner, False)
+        else:
+            every = torch.ones_like(ids(s.prompt), dtype=torch.bool)
+            one = memdlm.adapt_to_prompt(model, ids(s.prompt), every, every, inner)
+        for name, w in one.items():
+            torch.testing.assert_close(phi[name].B[row], w.B[0])
 
 
 def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):

@@ -112,7 +112,8 @@ DEFAULTS = {
 WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
     closed_book.jsonl capacity.jsonl reads.jsonl far.jsonl wrong.jsonl slots.jsonl
     adapter_model.safetensors adapter_config.json metastate.json metastate.safetensors
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
