@@ -2301,6 +2301,7 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
 
 @pytest.mark.parametrize("chunk", [0, 16])
 def test_the_question_is_written_with_its_text_or_where_there_are_chunks_as_one_of_its_own(chunk):
+    torch.manual_seed(0)
     model = load_backbone("tiny", "cpu")
     tokenizer = load_tokenizer("tiny")
     samples = closed_samples()
@@ -2318,7 +2319,7 @@ def test_the_question_is_written_with_its_text_or_where_there_are_chunks_as_one_
             every = torch.ones_like(ids(s.prompt), dtype=torch.bool)
             one = memdlm.adapt_to_prompt(model, ids(s.prompt), every, every, inner)
         for name, w in one.items():
-            torch.testing.assert_close(phi[name].B[row], w.B[0])
+            torch.testing.assert_close(phi[name].B[row], w.B[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
