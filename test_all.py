@@ -4428,7 +4428,7 @@ TABLES = {
     "reads": Table(
         ["reads"], BOTH, "length",
         "three seeds: blind 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; "
-        "open+phi 99 to 100, 51 to 65; phi 36 to 45, 89 to 95; none and other 0 to 4"),
+        "open+phi 99 to 100, 48 to 69; phi as blind; none and other 0 to 4"),
     "far": Table(
         ["reads"], FAR, "length",
         "three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096"),
