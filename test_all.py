@@ -14,7 +14,7 @@ By hand:
   python test_all.py --card --family llada            times and memory of a real size on this card
   python test_all.py --starter DIR                    the student's copy: the course (README)
   python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
-                                                      LLaDA-8B's (README, "Running the real models")
+                                                      LLaDA-8B's
 """
 import argparse
 import ast
@@ -4324,6 +4324,8 @@ RUNS = {
     "places-64": f"--method metastate {ON_256}",
     "places-128": f"--method metastate {ON_256} --context 128 --span 128",
     "places-128-slots-64": f"--method metastate {ON_256} --context 128 --span 128 --num_slots 64",
+    **{f"places-256-slots-{n}": f"--method metastate {ON_256} --context 256 --span 256 "
+                                f"--num_slots {n}" for n in (32, 64, 128)},
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
     "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
     "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
@@ -4335,6 +4337,8 @@ RUNS = {
               "--clip 10 --steps 2400"),
     "reads-mdlm": f"--method mdlm {ON_256} --tasks facts {UP_TO_256}",
     "first-order": "--method memdlm --exact_from 1",
+    # as many seconds as "closed" takes
+    "first-order-long": "--method memdlm --exact_from 1 --steps 3000",
     **{f"rank-{n}": f"--method memdlm --rank {n} --alpha {2 * n}" for n in (4, 16, 64)},
     "layers-2": "--method memdlm --fraction 0.5",
     "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --context 1024 --lr 1e-3 "
@@ -4444,7 +4448,7 @@ TABLES = {
         "seed 0: 97 to 100 everywhere",
         seeds=(0,)),
     "closed": Table(
-        ["closed", "first-order"], HIDDEN, "length",
+        ["closed", "first-order", "first-order-long"], HIDDEN, "length",
         "three seeds: blind at 64 tokens 90 to 100 (closed), 23 to 48 (first-order), at 1,024 81 "
         "to 95 and 6 to 25; none and other 0 to 4"),
     "capacity": Table(
@@ -4468,7 +4472,8 @@ TABLES = {
         "seed 0, after 5 passes: 56, 64, 95; 68 (flat from the second pass), 99; 99, 99",
         seeds=(0,)),
     "places": Table(
-        ["places-64", "places-128", "places-128-slots-64"], BY_LENGTH, "length",
+        ["places-64", "places-128", "places-128-slots-64",
+         *(f"places-256-slots-{n}" for n in (32, 64, 128))], BY_LENGTH, "length",
         "seed 0, at 64, 128, 256 tokens: 99, 68, 63; 93, 96, 66; 99, 99, 66; frozen 56, 61, 63",
         seeds=(0,)),
     "rates": Table(
@@ -4649,6 +4654,10 @@ explains it. Points: tests 60 (A4: its tables), measurement 20, explanation 20.
 | | write | read | time | measure |
 |---|---|---|---|---|
 {rows}
+
+To try besides, a line each: one common norm for all tensors of a sample in `memdlm.inner_step`; a phi
+that two rows share (there `g.sum(0, keepdim=True).expand_as(g)` for `g`, and `per_row = weight /
+masked.sum()`).
 
 Below: the README of the project.
 
