@@ -26,8 +26,8 @@ Decided here (measured effects are in the README):
   keys and the Injector's queries; each slot has a learned place to read at and one to write at, at
   first spread over prompt and answer. At the embedding all masks look the same, so without a code
   nothing is learned; with places on the answer alone hardly anything either: what a second pass
-  needs is what the first one worked out about the prompt. The price: slots reach no farther than
-  the texts that they were trained on (one seed; README, finding 2).
+  needs is what the first one worked out about the prompt. The price: slots reach hardly farther
+  than the texts that they were trained on (one seed; README, finding 2).
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
 - lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), which decides
@@ -411,8 +411,8 @@ class Detached(MetaState):
 
 
 class Feedback(MetaState):
-    """No bottleneck: `slots` are all activations of the previous step (B, L, D), through an MLP. An
-    upper bound for the slots, and the idea of Loopholing (arXiv 2510.19304)."""
+    """No bottleneck: `slots` are all activations of the previous step (B, L, D), through an MLP, as
+    in Loopholing (arXiv 2510.19304)."""
     def build(self, D, settings):
         self.injectors = nn.ModuleList(FeedbackMLP(D, settings) for _ in self.inject_layers)
 

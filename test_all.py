@@ -4441,8 +4441,8 @@ TABLES = {
         "seed 0: 0 to 4 everywhere",
         seeds=(0,)),
     "attention": Table(
-        ["reads-mdlm"], IN_VIEW, "length",
-        "three seeds: 100 up to 256 tokens, 27 to 57 at 1,024"),
+        ["pretrained-256", "reads-mdlm"], IN_VIEW, "length",
+        "three seeds: 99 to 100 up to 256 tokens, at 1,024 35 to 49 and 27 to 57"),
     "long-attention": Table(
         ["open-long"], IN_VIEW, "length",
         "seed 0: 97 to 100 everywhere",
@@ -4467,8 +4467,8 @@ TABLES = {
         "or (seed 2) 10 points less; the others 57 to 63 at every pass, but for lora in seed 1: "
         "70"),
     "sizes": Table(
-        ["slots-2", "slots-8", "slots-16", "unroll-2", "unroll-8", "lambda-0", "lambda-1"], PASSES,
-        "steps",
+        [*(f"slots-{n}" for n in (2, 4, 8, 16)), *(f"unroll-{n}" for n in (1, 2, 4, 8)),
+         "lambda-0", "lambda-1"], PASSES, "steps",
         "seed 0, after 5 passes: 56, 64, 95; 68 (flat from the second pass), 99; 99, 99",
         seeds=(0,)),
     "places": Table(
@@ -4655,9 +4655,9 @@ explains it. Points: tests 60 (A4: its tables), measurement 20, explanation 20.
 |---|---|---|---|---|
 {rows}
 
-To try besides, a line each: one common norm for all tensors of a sample in `memdlm.inner_step`; a phi
-that two rows share (there `g.sum(0, keepdim=True).expand_as(g)` for `g`, and `per_row = weight /
-masked.sum()`).
+To try besides, a line each: one common norm for all tensors of a sample in `memdlm.inner_step`; a
+phi that two rows share (there `g.sum(0, keepdim=True).expand_as(g)` for `g`, and `per_row = weight
+/ masked.sum()`).
 
 Below: the README of the project.
 
