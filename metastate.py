@@ -30,8 +30,8 @@ Decided here (measured effects are in the README):
   than the texts that they were trained on (one seed; README, finding 2).
 - Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
   of all modules.
-- lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), which decides
-  whether anything is learned. The tiny model has K = 5: its longest questions need five passes.
+- lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), without which
+  one seed of three learns nothing. The tiny model has K = 5: its longest questions need as many.
 Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
