@@ -430,7 +430,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
 CLOSED_ARMS = {
     "none": "no phi: the question alone",
     "blind": "phi of the text, written before the question is known",
-    "phi": "phi of the text and the question; where there are chunks, a chunk of its own",
+    "phi": "phi of the text and of the question behind it, in a chunk of its own if there are any",
     "other": "control: phi of another text",
     "random": "control: random factors of equal norm",
     "flipped": "control: every step with the wrong sign",

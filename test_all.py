@@ -4311,6 +4311,8 @@ UNROLLED = f"--method metastate {ON_PRETRAINED}"
 # without slots: about as many seconds as MetaState's updates take, on the same tasks
 SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
              + " ".join(train.DEFAULTS["metastate"]["tasks"]))
+# of MetaState on longer texts: tokens of the longest, over which the slots are spread; slots
+PLACES = (64, 32), (128, 32), (128, 64), (256, 32), (256, 64), (256, 128)
 # four answers of five are a coin's toss
 ON_RESOLVE = f"{ON_PRETRAINED} --tasks resolve --full_share 0 --lr 1e-3"
 RUNS = {
@@ -4321,11 +4323,8 @@ RUNS = {
     **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
     **{f"unroll-{n}": f"{UNROLLED} --unroll {n}" for n in (1, 2, 4, 8)},
     **{f"lambda-{n}": f"{UNROLLED} --balance {n}" for n in (0, 1)},
-    "places-64": f"--method metastate {ON_256}",
-    "places-128": f"--method metastate {ON_256} --context 128 --span 128",
-    "places-128-slots-64": f"--method metastate {ON_256} --context 128 --span 128 --num_slots 64",
-    **{f"places-256-slots-{n}": f"--method metastate {ON_256} --context 256 --span 256 "
-                                f"--num_slots {n}" for n in (32, 64, 128)},
+    **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --context {length} "
+                                     f"--span {length} --num_slots {n}" for length, n in PLACES},
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
     "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
     "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
@@ -4472,8 +4471,7 @@ TABLES = {
         "after 5 passes, three seeds: 56 to 61, 57 to 61, 64 to 71, 86 to 95; 58 and more, 68 to "
         "76, 89 to 97, 98 to 100; 94 to 99 twice"),
     "places": Table(
-        ["places-64", "places-128", "places-128-slots-64",
-         *(f"places-256-slots-{n}" for n in (32, 64, 128))], BY_LENGTH, "length",
+        [f"places-{length}-slots-{n}" for length, n in PLACES], BY_LENGTH, "length",
         "seed 0, at 64, 128, 256 tokens: 99, 68, 63; 93, 96, 66; 99, 99, 66; 56, 61, 63; 95, 97, "
         "96; 99, 100, 98; frozen 56, 61, 63",
         seeds=(0,)),
