@@ -763,6 +763,21 @@ def read_json(path):
     return raw
 
 
+def read_lines(path, read):
+    """[read(value, bytes) for each line] of a JSONL file. ValueError, also read's own, names file
+    and line."""
+    found = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                found.append(read(json.loads(line.decode()), len(line)))
+            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+    return found
+
+
 def write_json(path, raw, checksum=True):
     """checksum=False: for files that are meant to be edited; their values are validated instead."""
     entries = {**raw, "crc32": json_checksum(raw)} if checksum else raw

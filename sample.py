@@ -21,21 +21,26 @@ Run: python sample.py --checkpoint runs/memdlm --prompt "river = 47 . ? river ="
 import argparse
 import dataclasses
 import json
+import math
+import os
 import re
 import resource
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 import memdlm
 import metastate
-from backbone import (BackboneConfig, add_flags, cli, config_from_dict, encode, encode_prompt,
-                      given_flags, load_backbone, load_tokenizer, option, read_json, validate)
+from backbone import (Backbone, BackboneConfig, add_flags, cli, config_from_dict, encode,
+                      encode_prompt, given_flags, load_backbone, load_tokenizer, option, read_json,
+                      validate)
 
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -371,6 +376,73 @@ def peak_memory():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def join_ranks(cfg):
+    """Under torchrun: one device for each process. The current CUDA device is set before anything
+    touches CUDA, because NCCL and fully_shard put what they make on the current one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(local)
+    # one rank may wait for another's longest text; a dead one is torchrun's to notice
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
+    cfg.device = f"cuda:{local}" if on_gpu else "cpu"
+
+
+def ranks():
+    """This process's rank and the number of processes; 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
+             weight_bytes=2, checkpointing=True):
+    """Bytes on the device while training, by kind. Weights of `weight_bytes`, all that is trained
+    in fp32 with gradient and two Adam moments. scored: share of the positions at which logits are
+    computed. An estimate by counting tensors, good to about 20 %; fragmentation and the
+    framework's own memory (about 1 GB) come on top."""
+    passes, first = 1, 0                                    # layers below `first` keep nothing
+    phi = {}
+    with torch.device("meta"):
+        module = Backbone(model_cfg)
+        weights = sum(p.numel() for p in module.parameters())
+        if method == "memdlm":
+            phi = memdlm.init_phi(module, [0], inner or memdlm.MemDLMConfig())
+        if method == "metastate":
+            module = metastate.build(model_cfg, meta_cfg)
+            passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
+        elif lora:
+            module.add_lora(lora, 2 * lora)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    tokens = batch * length
+    layers = model_cfg.n_layers - first
+    ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
+    # kept for the backward pass of one layer, and what is kept where it is computed again
+    layer = tokens * weight_bytes * (10 * model_cfg.d_model + 4 * ffn
+                                     + 3 * model_cfg.n_heads * model_cfg.head_dim)
+    inputs = tokens * weight_bytes * model_cfg.d_model * layers
+    return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
+            "trained, gradient, Adam": 16 * trained,
+            # phi, its gradient, the new phi, a temporary
+            "fast weights": 16 * batch * sum(w.A.numel() + w.B.numel() for w in phi.values()),
+            "activations": passes * (inputs + layer if checkpointing else layers * layer),
+            # as computed, in fp32, and their gradient
+            "logits": int(tokens * scored) * model_cfg.vocab_size * (weight_bytes + 8) * passes}
+
+
+def show_estimate(sizes):
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sizes.items() if size)
+    return f"{kinds}; together {sum(sizes.values()) / 1e9:.3g} GB"
+
+
+def device_memory(device):
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):                          # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def printable(text):

@@ -3002,7 +3002,7 @@ def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkey
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(train.dist, "init_process_group", calls.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda kind, timeout: calls.append(kind))
     cfg = train.TrainConfig()
     train.join_ranks(cfg)
     assert calls == [1, "nccl"]

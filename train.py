@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import random
 import time
 import zipfile
@@ -39,10 +38,12 @@ import niah
 from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags, cli,
                       config_from_json, corrupt, default_device, encode, encode_pair, find_folder,
                       given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
-                      sample_t, save_adapter, save_backbone, write_atomically, write_json)
+                      read_lines, sample_t, save_adapter, save_backbone, write_atomically,
+                      write_json)
 from memdlm import MemDLMConfig
 from metastate import MetaStateConfig
-from sample import left_pad, no_memory, peak_memory
+from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, peak_memory, ranks,
+                    show_estimate)
 
 
 @dataclass
@@ -235,29 +236,20 @@ def niah_examples(tokenizer, model_cfg, samples, closed=False):
 def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
     """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
     longer than max_len are left out and counted."""
-    examples = []
-    too_long = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                raw = json.loads(line.decode())
-                if not is_example(raw):
-                    raise ValueError("expected {\"prompt\": text, \"response\": text}, or "
-                                     "{\"messages\": [...]} with at least two {\"role\", "
-                                     "\"content\"}, of which the last message is the assistant's")
-                # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
-                fits = len(line) <= 100 * max_len
-                example = encode_example(raw, tokenizer, model_cfg, closed) if fits else None
-            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
-            if fits and sum(map(len, example)) <= max_len:
-                examples.append(example)
-            else:
-                too_long += 1
-    if too_long:
-        print(f"{path}: left out {too_long} examples longer than --max_len {max_len}")
+    def read(raw, size):
+        if not is_example(raw):
+            raise ValueError("expected {\"prompt\": text, \"response\": text}, or "
+                             "{\"messages\": [...]} with at least two {\"role\", \"content\"}, of "
+                             "which the last message is the assistant's")
+        # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
+        if size <= 100 * max_len:
+            example = encode_example(raw, tokenizer, model_cfg, closed)
+            return example if sum(map(len, example)) <= max_len else None
+    read_all = read_lines(path, read)
+    examples = [example for example in read_all if example]
+    if len(examples) < len(read_all):
+        print(f"{path}: left out {len(read_all) - len(examples)} examples longer than --max_len "
+              f"{max_len}")
     if len(examples) < 2:
         raise ValueError(f"{path}: {len(examples)} usable examples; at least 2 are needed (one is "
                          f"held out)")
@@ -327,9 +319,7 @@ class Run:
         check_flags(cfg)
         self.cfg = cfg
         self.out = Path(cfg.out)
-        joined = dist.is_initialized()
-        self.rank = dist.get_rank() if joined else 0
-        self.world = dist.get_world_size() if joined else 1
+        self.rank, self.world = ranks()
         self.base = find_base(cfg)
         model_cfg = BackboneConfig()
         if cfg.source != "tiny":
@@ -690,19 +680,6 @@ def read_state(path):
 # ------------------------------------------------------------------------------------------------
 # 4. Several processes, and one folder for each run.
 
-def join_ranks(cfg):
-    """Under torchrun: one device for each process. The current CUDA device is set before anything
-    touches CUDA, because NCCL and fully_shard put what they make on the current one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
-    if on_gpu:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    cfg.device = f"cuda:{local}" if on_gpu else "cpu"
-
-
 def shard(backbone):
     """Several processes: frozen layers are split over the ranks (FSDP2, one unit a layer); trained
     weights stay whole on every rank, and their gradients are added up. The mesh is named: by
@@ -750,58 +727,7 @@ def locked(out):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Memory, before it is needed.
-
-def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
-             weight_bytes=2, checkpointing=True):
-    """Bytes on the device while training, by kind. Weights of `weight_bytes`, all that is trained
-    in fp32 with gradient and two Adam moments. scored: share of the positions at which logits are
-    computed. An estimate by counting tensors, good to about 20 %; fragmentation and the
-    framework's own memory (about 1 GB) come on top."""
-    passes, first = 1, 0                                    # layers below `first` keep nothing
-    phi = {}
-    with torch.device("meta"):
-        module = Backbone(model_cfg)
-        weights = sum(p.numel() for p in module.parameters())
-        if method == "memdlm":
-            phi = memdlm.init_phi(module, [0], inner or MemDLMConfig())
-        if method == "metastate":
-            module = metastate.build(model_cfg, meta_cfg)
-            passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
-        elif lora:
-            module.add_lora(lora, 2 * lora)
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    tokens = batch * length
-    layers = model_cfg.n_layers - first
-    ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
-    # kept for the backward pass of one layer, and what is kept where it is computed again
-    layer = tokens * weight_bytes * (10 * model_cfg.d_model + 4 * ffn
-                                     + 3 * model_cfg.n_heads * model_cfg.head_dim)
-    inputs = tokens * weight_bytes * model_cfg.d_model * layers
-    return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
-            "trained, gradient, Adam": 16 * trained,
-            # phi, its gradient, the new phi, a temporary
-            "fast weights": 16 * batch * sum(w.A.numel() + w.B.numel() for w in phi.values()),
-            "activations": passes * (inputs + layer if checkpointing else layers * layer),
-            # as computed, in fp32, and their gradient
-            "logits": int(tokens * scored) * model_cfg.vocab_size * (weight_bytes + 8) * passes}
-
-
-def show_estimate(sizes):
-    kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sizes.items() if size)
-    return f"{kinds}; together {sum(sizes.values()) / 1e9:.3g} GB"
-
-
-def device_memory(device):
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):                          # Windows
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. From flags to a run.
+# 5. From flags to a run.
 
 def check_flags(cfg):
     """ValueError for flags that contradict each other whatever the backbone is."""
@@ -921,7 +847,7 @@ def report(run):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Command line.
+# 6. Command line.
 
 def main():
     parser = argparse.ArgumentParser(
