@@ -142,10 +142,11 @@ class Linear(nn.Linear):
         if self.lora_rank:
             low = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
             low = F.linear(F.linear(low, self.lora_A), self.lora_B)
-            y = y + (self.lora_alpha / self.lora_rank * low).to(y.dtype)
+            # added in fp32 and rounded once, as in PEFT
+            y = (y + self.lora_alpha / self.lora_rank * low).to(y.dtype)
         if fast is not None:
             low = x.to(fast.A.dtype) @ fast.A.mT @ fast.B.mT  # (B, L, d_out)
-            y = y + (fast.scale * low).to(y.dtype)
+            y = (y + fast.scale * low).to(y.dtype)
         return y
 
     def add_lora(self, rank, alpha, generator=None, dropout=0.0):

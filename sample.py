@@ -11,7 +11,10 @@ Shapes: B batch, L canvas = prompt (left-padded) + answer, V vocabulary, N chose
 Read as: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
 bf16 a row may come out differently alone and padded in a batch, as theirs do), except that
 - logits are computed only where a token can be chosen: masked, up to the end of the block;
-- a row whose end-of-text has no mask before it is finished and takes no further part;
+- a row whose end-of-text has no mask before it is finished and takes no further part (where Dream
+  draws random numbers it does, for its neighbours' sake: what comes behind the end is dropped);
+- eos = last keeps end-of-text and end-of-turn for last at every temperature; the official flag, by
+  a chained assignment, above 0 only the end of turn;
 - with noise and steps > gen_length the official loop goes on drawing random numbers after a block
   is full, this one goes on to the next block;
 - Dream in bf16 is never silently greedy (see dream_token);
@@ -145,6 +148,9 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
         attend = torch.cat([attend.to(answer.device).bool(), answer == config.mask_id], dim=1)
     position = torch.arange(xt.shape[1], device=xt.device)
     done = torch.zeros(B, dtype=torch.bool, device=xt.device)
+    # Dream draws for masks alone: without a finished row's, its neighbours' draws would be others
+    stays = how.remasking == "origin" or (how.remasking in DREAM_ORDERS
+                                          and (how.temperature or how.alg_temp))
     # 2. The memory sees the prompt
     predict, state = memory(backbone, xt, attend, start)
     for end in range(start + how.block_length, xt.shape[1] + 1, how.block_length):
@@ -157,8 +163,8 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
         if how.threshold is not None:
             counts = torch.ones(B, int(masks.sum(1).max()), dtype=torch.long)
         for step in range(counts.shape[1]):
-            at = (xt == config.mask_id) & reached & ~done[:, None]
-            if not at.any():
+            at = (xt == config.mask_id) & reached
+            if done.all() or not at.any():
                 break
             # 4. Predict the masked tokens; t (B,) is the answer's actual mask ratio
             t = (xt[:, start:] == config.mask_id).float().mean(1)
@@ -177,10 +183,11 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
             # 6. Commit; everything else the step knew is forgotten, but for the state
             xt = torch.where(new, tokens, xt)
             if stop_early:
-                xt, done = finish_rows(xt, start, config)
+                ended, done = finish_rows(xt, start, config)
+                xt = xt if stays else ended
             if on_step:
                 on_step(xt, new, state)
-    return xt[:, start:]
+    return (finish_rows(xt, start, config)[0] if stop_early else xt)[:, start:]
 
 
 def split_evenly(n, steps):

@@ -611,6 +611,20 @@ def test_an_adapter_equals_weights_to_which_it_was_added(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_lora_and_fast_weights_are_added_to_bf16_in_fp32_and_rounded_once(tmp_path, family):
+    """As PEFT 0.21 does it: logits are then equal bit for bit on all three layouts."""
+    write_checkpoint(tmp_path, family, torch.bfloat16)
+    layer = random_adapter(tmp_path).layers[0].attn.o
+    x = torch.randn(2, 9, layer.in_features).bfloat16()
+    A, B = layer.lora_A.data, layer.lora_B.data
+    y = F.linear(x, layer.weight).float()
+    once = (y + 8 / 4 * (x.float() @ A.T @ B.T)).bfloat16()
+    assert torch.equal(layer(x), once)
+    layer.lora_rank = 0
+    assert torch.equal(layer(x, bb.LowRank(A.expand(2, -1, -1), B.expand(2, -1, -1), 2.0)), once)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tmp_path, family):
     """PEFT matches target_modules with fullmatch."""
     write_checkpoint(tmp_path, family)
@@ -1047,6 +1061,27 @@ def test_dream_sampler_is_token_identical_to_the_official_description(alg, optio
                            stop_early=False, **options)
     torch.manual_seed(3)
     assert torch.equal(ours, reference_dream(model, prompt, 10, alg=alg, **options))
+
+
+@pytest.mark.parametrize("alg, options", [
+    ("origin", dict()), ("entropy", dict(temperature=0.4)), ("topk_margin", dict(alg_temp=0.5))])
+def test_a_row_that_ends_early_changes_no_draw_of_its_neighbours_in_dreams_orders(alg, options):
+    """Up to each row's end-of-text; some rows must end before others."""
+    model = random_backbone(conv_width=0, shift=True)
+    model.lm_head.weight[model.cfg.eos_id] = 3 * model.lm_head.weight[5:9].sum(0)
+    lengths = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        prompt = torch.randint(3, 40, (3, 5))
+        ours = sample.generate(model, prompt, gen_length=8, steps=8, remasking=alg, **options)
+        torch.manual_seed(seed)
+        torch.randint(3, 40, (3, 5))
+        for row, other in zip(ours, reference_dream(model, prompt, 8, 8, alg, **options)):
+            answer = sample.cut(row, model.cfg)
+            assert answer == sample.cut(other, model.cfg)
+            assert set(row[len(answer):].tolist()) <= {model.cfg.eos_id}
+            lengths.add(len(answer))
+    assert len(lengths) > 4
 
 
 @pytest.mark.parametrize("masks, quota", [(32, [3] * 8 + [2] * 4), (8, [1] * 8 + [0] * 4)])
