@@ -121,6 +121,10 @@ class LowRank(NamedTuple):
     B: torch.Tensor  # (d_out, r) or (B, d_out, r)
     scale: float  # alpha / r
 
+    def map(self, f):
+        """The same with f(A) and f(B)."""
+        return self._replace(A=f(self.A), B=f(self.B))
+
 
 class Context(NamedTuple):
     """What every layer must know about the canvas; computed once per forward pass."""
@@ -242,8 +246,7 @@ class MixtureFFN(nn.Module):
 
     def forward(self, x, phi=None, name=""):  # (B, L, D)
         if phi and len(x) > 1:  # an expert sees tokens of all rows, but each row has its own phi
-            own = [{k: LowRank(w.A[b:b + 1], w.B[b:b + 1], w.scale) for k, w in phi.items()}
-                   for b in range(len(x))]
+            own = [{k: w.map(lambda z: z[b:b + 1]) for k, w in phi.items()} for b in range(len(x))]
             return torch.cat([self(x[b:b + 1], own[b], name) for b in range(len(x))])
         flat = x.reshape(-1, x.shape[-1])  # (B L, D)
         probs = F.softmax(self.router(flat), dim=-1, dtype=torch.float32)  # (B L, experts)

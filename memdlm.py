@@ -1,34 +1,30 @@
 """MemDLM: memory in weights. Gradient steps write a text into low-rank fast weights, phi.
 
-Paper: MemDLM (arXiv 2603.22241), sections 3 and 4; the authors' code is
-github.com/JarvisPei/MemDLM.
-Idea: a diffusion LM is trained on single masked states but used on whole trajectories. MemDLM
-simulates a trajectory inside each training step: an inner loop fits fast weights on a noisier state
-and then on the state itself, and the outer loss trains the base model with those fast weights in
-place. At inference the same inner loop runs on the prompt.
+Paper: MemDLM (arXiv 2603.22241), sections 3 and 4; the authors' code: github.com/JarvisPei/MemDLM.
+Idea: a diffusion LM is trained on single masked states but used on whole trajectories. So in each
+training step an inner loop fits fast weights on a noisier state, then on the state itself, and the
+outer loss trains the base with them in place. At inference the inner loop runs on the prompt.
 Equations: Eq. 6 -> inner_step; Eq. 7 -> adapt_to_response; Eq. 8 -> adapt_to_response;
            Eq. 9 -> loss_memdlm; Eq. 10 -> inner_step
 Shapes: B batch, L tokens, D width, V vocabulary, r rank, N masked positions (row-major)
-Read as:
-- One phi per sample (the first abstract): LoRA factors with a batch dimension. Sections 3.1 and 3.3
-  write "a batch", and the released code shares one phi between the rows of a micro-batch.
-- phi_0: B = 0. A is drawn from the seed and the row's own prompt, so that the memory of a row does
-  not depend on its place in the batch (loss_prompt: from the step's seed alone, one A for all).
-- Stage 1 targets all masked tokens, not only those that the anchor reveals: Eq. 7 writes x_t, but
-  section 4.6 and the code do this.
-- Inner loss: mean over a row's masked tokens, times 1 / mask ratio on a response (training), times
-  1 on a prompt. With complementary masks (ours) it is a sum.
-- Clipping: each tensor of each sample on its own (section 4.4: 0.684 against 0.632 with one norm).
-Beware: in the paper's training the inner loop sees the labels that the outer loss scores. A low
-MemDLM training loss proves nothing.
-Ours: the closed book (loss_prompt). The inner loop writes the context, the outer pass hides it and
-sees the question alone, so whatever is recalled was in the weights. There every token of the
-context is a target once (complementary masks), a long one is written in chunks, what is predicted
-already is hardly written at inference (surprise), and the gradient may be exact.
+The paper stands above the line of =. Where it is silent, or its code differs:
+- Whose phi? A sample's (first abstract), "a batch" (section 3), its 2 rows' (code). Here: a
+  sample's, so that batching never mixes samples.
+- phi_0 has B = 0; A comes from the seed and the row's own prompt, not from its place in the batch.
+- Stage 1 targets all masked tokens (section 4.6, code; 0.684 on BABILong), not only those that the
+  anchor reveals (x_t, as Eq. 7 is printed; 0.668).
+- Inner loss: a mean over masked tokens, times 1 / mask ratio on a response, 1 on a prompt (code).
+- Clipping: each tensor of each sample alone (section 4.4: 0.684; one norm for all: 0.632).
+- phi on gate, up and down (text); the code's default names find one of them on LLaDA-8B.
+- Pre-anchor count floor(s_pre k); the code's float32 loses one in a sixth of the cases (n 14, k 6).
+- A prompt's mask: exactly a fifth; code: each token with probability 0.2, LoRA's dropout active.
+Beware: the inner loop sees the labels that the loss scores: a low training loss proves nothing.
+Ours, below the line: the closed book, which `python train.py --method memdlm` trains.
 """
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,47 +35,20 @@ from backbone import LowRank, corrupt, masked_loss, option, smallest
 
 @dataclass
 class MemDLMConfig:
-    """The inner loop. Defaults: the paper's; `for_backbone` has the tiny model's closed book."""
+    """The inner loop of section 4.1."""
     rank: int = option(32, "r of the fast weights", low=1)
     alpha: float = option(64.0, "the change of a matrix is scaled by alpha / r", low=0)
-    fraction: float = option(0.1, "share of the layers, counted from the top, whose FFN carries "
-                             "phi; at least one layer", low=0, high=1)
+    fraction: float = option(0.1, "share of the layers, from the top, whose FFN carries phi", 0, 1)
     inner_lr: float = option(0.1, "eta, step size of the inner SGD", low=0)
-    clip: float = option(1.0, "largest gradient norm of one tensor of one sample; 0 = no limit",
-                         low=0)
+    clip: float = option(1.0, "largest gradient norm of a tensor of a sample; 0: no limit", low=0)
     s_pre: float = option(1.5, "the pre-anchor state masks s_pre times as many tokens", low=1)
-    prompt_ratio: float = option(0.2, "mask ratio of the anchor when a prompt is written",
-                                 low=0, high=1)
-    masks: int = option(0, "prompts: 0 = the paper's two nested states; n = n complementary masks "
-                        "of every n-th token, one step each", low=0)
-    chunk: int = option(0, "prompts: tokens written at a time, one chunk after the other; "
-                        "0 = the whole prompt at once", low=0)
+    prompt_ratio: float = option(0.2, "mask ratio of the anchor of a prompt", low=0, high=1)
     inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
-                           "leak; closed_book: the prompt, which the outer loss then hides",
+                           "leak; closed_book: a text, which the outer loss then hides",
                            choices=["response", "prompt", "closed_book"])
-    surprise: float = option(0.0, "gamma, at inference only: a token is written with weight "
-                             "(1 - p)^gamma, p its probability before the step", low=0)
-    questions: int = option(1, "closed book: consecutive rows that ask about one text and share "
-                            "its phi; the writing costs most", low=1)
-    exact_from: float = option(1.0, "share of the training steps after which the gradient goes "
-                               "back through the inner steps; 1 = never (Eq. 10)", low=0, high=1)
-    window: int = option(0, "exact gradient: it goes back through the last chunks of a text, so "
-                         "many of them; 0 = through all", low=0)
+    exact_from: float = option(1.0, "after this share of the steps the gradient is exact, Eq. 5; "
+                               "before it, first order, Eq. 10", low=0, high=1)
 
-
-def for_backbone(config, inner_on=None):
-    """The inner loop's settings for a backbone: the closed book on the tiny one, else the
-    paper's."""
-    if inner_on is None:
-        inner_on = "closed_book" if config.family == "tiny" else "response"
-    if inner_on == "closed_book":
-        return MemDLMConfig(inner_lr=0.125, clip=0, masks=4, chunk=64, inner_on=inner_on,
-                            questions=4, exact_from=0.6, window=4, surprise=8.0)
-    return MemDLMConfig(inner_on=inner_on)
-
-
-# --------------------------------------------------------------------------------------------------
-# 1. Fast weights and one step on them.
 
 def first_fast_layer(backbone, inner):
     """Index of the first layer with fast weights. The layers below are the trunk: no phi, so their
@@ -95,49 +64,42 @@ def row_seeds(ids, prompt, seed):
 
 
 def init_phi(backbone, seeds, inner):
-    """phi_0 for every gate, up and down matrix (of each expert) of the fast layers, one row a seed:
-    {name: LowRank}, fp32. B = 0, so it adds nothing."""
+    """phi_0, {name: LowRank} in fp32, for every gate, up and down matrix (of each expert) of the
+    fast layers; one row a seed. B = 0, so it adds nothing."""
     first = first_fast_layer(backbone, inner)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     phi = {}
     for name, module in backbone.named_modules():
-        layer = name.split(".")
-        if layer[-1] not in ("gate", "up", "down") or int(layer[1]) < first:
-            continue
-        bound = module.in_features ** -0.5                          # Kaiming-uniform, a = sqrt(5)
-        A = torch.empty(len(seeds), inner.rank, module.in_features)
-        for row, generator in zip(A, generators):
-            row.uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(len(seeds), module.out_features, inner.rank)
-        phi[name] = LowRank(A.to(backbone.device), B.to(backbone.device), inner.alpha / inner.rank)
+        place = name.split(".")
+        if place[-1] in ("gate", "up", "down") and int(place[1]) >= first:
+            bound = module.in_features ** -0.5                      # Kaiming-uniform, a = sqrt(5)
+            A = torch.empty(len(seeds), inner.rank, module.in_features)
+            for row, generator in zip(A, generators):
+                row.uniform_(-bound, bound, generator=generator)
+            B = torch.zeros(len(seeds), module.out_features, inner.rank, device=backbone.device)
+            phi[name] = LowRank(A.to(backbone.device), B, inner.alpha / inner.rank)
     return phi
 
 
-def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False):
-    """One SGD step of every row's phi on its own masked tokens. Returns the new phi.
+def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False, gamma=0.0):
+    """phi_{k-1} -> phi_k: one SGD step of every row's phi on its own masked tokens.
 
-    h (B, L, D): the trunk's output on the state; x0, masked (B, L); weight (B,).
-    exact: keep the graph, so that the outer loss can be differentiated through this step."""
+    h (B, L, D): the trunk's output on the state; x0, masked (B, L); weight (B,). exact: keep the
+    graph for the outer loss. gamma: 0 is the paper; else ours, ClosedBook.surprise."""
     if not exact:
         # Eq. 10, first order: phi and the state are constants of the outer backward pass
-        phi = {name: LowRank(w.A.detach(), w.B.detach(), w.scale) for name, w in phi.items()}
+        phi = {name: w.map(torch.Tensor.detach) for name, w in phi.items()}
         h = h.detach()
-    factors = [x for w in phi.values() for x in (w.A, w.B)]
-    for x in factors:
-        x.requires_grad_()              # no change to a factor that is already part of the graph
-    first = first_fast_layer(backbone, inner)
-    # fast attention kernels have no second derivative, which attention above a phi needs
-    slow = exact and first < backbone.cfg.n_layers - 1
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+    factors = [x.requires_grad_() for w in phi.values() for x in (w.A, w.B)]
+    with torch.enable_grad(), attention_kernel(backbone, inner, exact):
+        h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
+        ce = F.cross_entropy(backbone.head(h, ctx, masked).float(), x0[masked], reduction="none")
         # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt)
-        h = backbone.run(h, ctx, first, phi=phi)
-        logits = backbone.head(h, ctx, masked)                                          # (N, V)
-        ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")              # (N,)
-        per_row = weight / masked.sum(1).clamp(min=1)                                   # (B,)
-        # a sum over rows: phi of row b occurs in the term of row b only, so its gradient is its own
-        # (1 - p)^gamma scales a token's gradient; the inner loop does not differentiate it
-        weights = per_row[masked.nonzero()[:, 0]] * (1 - (-ce).exp()) ** inner.surprise
-        gradients = torch.autograd.grad(ce, factors, weights, create_graph=exact)
+        weights = (weight / masked.sum(1).clamp(min=1))[masked.nonzero()[:, 0]]         # (N,)
+        weights = weights * (1 - (-ce.detach()).exp()) ** gamma
+        # one sum for all rows: phi of row b occurs in the tokens of row b alone
+        inner_loss = (weights * ce).sum()
+        gradients = torch.autograd.grad(inner_loss, factors, create_graph=exact)
     stepped = []
     with torch.set_grad_enabled(exact):
         for x, g in zip(factors, gradients):
@@ -147,160 +109,191 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False):
             # Eq. 6: phi_k = phi_{k-1} - eta * grad_phi L_inner(theta, phi_{k-1})
             stepped.append(x - inner.inner_lr * g)
     pairs = zip(phi, stepped[::2], stepped[1::2])
-    return {name: LowRank(A, B, phi[name].scale) for name, A, B in pairs}
+    return {name: phi[name]._replace(A=A, B=B) for name, A, B in pairs}
 
 
-def inner_loop(backbone, phi, states, ctx, x0, inner, exact=False):
-    """phi_0 -> phi_K: one step on each state (h, masked, weight), in their order."""
-    for h, masked, weight in states:
-        phi = inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact)
-    return phi
+def nested_states(backbone, x0, masked, u, given, ctx, inner, exact=False):
+    """Two states of one trajectory, [(h_pre, masked_pre), (h, masked)], h the trunk's output.
 
-
-def pre_anchor(masked, u, given, s_pre):
-    """The noisier state's mask: floor(min(n, s_pre * k)) of n maskable tokens, the k masked ones
-    among them. The extra ones have the smallest u; the anchor's are smaller still. (B, L) bool."""
+    Of n tokens that are not given, the anchor masks k, those with the smallest u, the pre-anchor
+    floor(min(n, s_pre * k)). x0, masked, u, given (B, L)."""
     n = (~given).sum(1)
-    count = (s_pre * masked.sum(1)).clamp(max=n).floor()
-    return smallest(u.masked_fill(given, 2.0).masked_fill(masked, -1.0), count)
+    count = (inner.s_pre * masked.sum(1)).clamp(max=n).floor()                          # (B,)
+    masked_pre = smallest(u.masked_fill(given, 2.0).masked_fill(masked, -1.0), count)
+
+    def trunk(masked):
+        xt = x0.masked_fill(masked, backbone.cfg.mask_id)
+        return backbone.run(backbone.embed(xt), ctx, 0, first_fast_layer(backbone, inner))
+    # the outer pass goes on from the anchor's trunk; first order, the other one needs no gradient
+    with nullcontext() if exact else torch.no_grad():
+        h_pre = trunk(masked_pre)
+    return [(h_pre, masked_pre), (trunk(masked), masked)]
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. As published: the inner loop on the response.
-
-def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0):
-    """The paper's inner loop: phi fitted to the very tokens that are scored afterwards.
+def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0, exact=False):
+    """The inner loop of training: phi fitted to the very tokens that are scored afterwards.
 
     Returns phi_2, the trunk's output on the anchor state (B, L, D), the context, masked (B, L)."""
-    first = first_fast_layer(backbone, inner)
     ctx = backbone.context(x0, attend)
-    n = (~given).sum(1)
-    # 1. Two nested states of one trajectory; both predict x0 at all of their masks
-    # Eq. 8, stage 2, anchor to target: xt -> x0
-    xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)                         # (B, L)
-    # Eq. 7, stage 1, pre-anchor: xt_pre -> x0 (printed with target x_t, see "Read as")
-    masked_pre = pre_anchor(masked, u, given, inner.s_pre)                              # (B, L)
-    xt_pre = x0.masked_fill(masked_pre, backbone.cfg.mask_id)
-    # 2. Trunks: the anchor's serves the inner loop and the outer pass; the other needs no gradient
-    h = backbone.run(backbone.embed(xt), ctx, 0, first)
-    with torch.no_grad():
-        h_pre = backbone.run(backbone.embed(xt_pre), ctx, 0, first)
-    # 3. Two steps, each weighted by 1 / its state's actual mask ratio
+    _, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)                          # (B, L)
+    states = nested_states(backbone, x0, masked, u, given, ctx, inner, exact)
+    (h_pre, masked_pre), (h, masked) = states
+    w_pre, w = ((~given).sum(1) / m.sum(1).clamp(min=1) for _, m in states)    # 1 / mask ratio
     phi = init_phi(backbone, row_seeds(x0, given & attend, seed), inner)
-    # phi_1 = phi_0 - eta * grad L(x0 | xt_pre);  phi_2 = phi_1 - eta * grad L(x0 | xt)
-    states = [(h_pre, masked_pre, n / masked_pre.sum(1).clamp(min=1)),
-              (h, masked, n / masked.sum(1).clamp(min=1))]
-    return inner_loop(backbone, phi, states, ctx, x0, inner), h, ctx, masked
+    # Eq. 7, stage 1, pre-anchor: xt_pre -> x0
+    phi = inner_step(backbone, phi, h_pre, ctx, x0, masked_pre, w_pre, inner, exact)
+    # Eq. 8, stage 2, anchor to target: xt -> x0
+    phi = inner_step(backbone, phi, h, ctx, x0, masked, w, inner, exact)
+    return phi, h, ctx, masked
 
 
-def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, seed=0):
+def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, seed=0, exact=False):
     """The bilevel loss of one batch (Eq. 5): min over theta of the masked loss given phi_2(theta).
 
-    x0, given, attend, u (B, L); t, weight (B,); the outer loss is backbone.masked_loss.
-    Passes: the trunk once on each of the two states, the few fast layers three times."""
-    phi, h, ctx, masked = adapt_to_response(backbone, x0, given, attend, t, u, inner, seed)
+    x0, given, attend, u (B, L); t, weight (B,). exact: Eq. 5 as it stands; else Eq. 10, first
+    order. Passes: the trunk once on each of the two states, the few fast layers three times."""
+    phi, h, ctx, masked = adapt_to_response(backbone, x0, given, attend, t, u, inner, seed, exact)
     h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
     # Eq. 9: L = weight * sum over masked of -log p_{theta, phi_2}(x0_i | xt) / n_maskable
     return masked_loss(backbone.head(h, ctx, masked), x0, masked, weight, n_maskable)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The inner loop on a prompt: the paper's inference, and training without a leak.
+def adapt_to_prompt(backbone, ids, attend, inner, seed=0, phi=None, exact=False):
+    """The inner loop at inference: the same two steps on the prompt, weight 1. Returns phi_2.
 
-def adapt_to_prompt(backbone, ids, attend, prompt, inner, seed=0, exact=False, one_start=False,
-                    phi=None):
-    """Write a prompt into fast weights: phi_K for each row. ids, prompt (B, L), prompt True = a
-    token to learn from; attend (B, L) or None.
-
-    All random numbers of a row come from the seed and its own prompt, and chunks are counted from
-    the right end: the phi of a row is the same alone and in any batch padded on the left.
-    one_start: all rows start from the A of the seed alone. phi: what is written already; the prompt
-    is added to it."""
-    attend = torch.ones_like(prompt) if attend is None else attend
-    prompt = prompt & attend & (ids != backbone.cfg.mask_id)
+    ids, attend (B, L). All random numbers of a row come from the seed and its own tokens. phi: what
+    to start from, by default the row's phi_0."""
+    prompt = attend & (ids != backbone.cfg.mask_id)
     seeds = row_seeds(ids, prompt, seed)
-    u = torch.full(ids.shape, 2.0)                                                      # (B, L)
-    for row, own, s in zip(u, prompt.cpu(), seeds):
-        row[own] = torch.rand(int(own.sum()), generator=torch.Generator().manual_seed(s + 1))
-    u = u.to(ids.device)
-    phi = phi or init_phi(backbone, [seed] * len(ids) if one_start else seeds, inner)
-    L = ids.shape[1]
-    size = inner.chunk or L
-    for stop in reversed(range(L, 0, -size)):
-        piece = slice(max(0, stop - size), stop)
-        columns = (x[:, piece] for x in (ids, attend, prompt, u))
-        # truncated back-propagation: what earlier chunks wrote is a constant. Through all 64 steps
-        # of 1,024 tokens training diverged
-        near = not inner.window or L - stop < inner.window * size
-        phi = write_chunk(backbone, phi, *columns, inner, exact and near)
+    u = torch.full(ids.shape, 2.0, device=ids.device)                                   # (B, L)
+    for row, own, s in zip(u, prompt, seeds):
+        row[own] = torch.rand(int(own.sum()), generator=torch.Generator().manual_seed(s + 1)).to(u)
+    anchor = smallest(u, (inner.prompt_ratio * prompt.sum(1)).round())
+    ctx = backbone.context(ids, attend)
+    phi = phi or init_phi(backbone, seeds, inner)
+    with torch.set_grad_enabled(exact):
+        states = nested_states(backbone, ids, anchor, u, ~prompt, ctx, inner, exact)
+    for h, masked in states:
+        phi = inner_step(backbone, phi, h, ctx, ids, masked, torch.ones_like(u[:, 0]), inner, exact)
     return phi
 
 
-def write_chunk(backbone, phi, ids, attend, prompt, u, inner, exact):
-    """The steps on one chunk of the prompt; everything (B, l)."""
-    if inner.masks:
-        # Every token is a target once, and its nearest neighbours are in view. With random masks a
-        # fifth of the values would be masked together with their keys, and never bound to them.
-        number = prompt.long().cumsum(1)                                                # (B, l)
-        masks = [prompt & (number % inner.masks == k) for k in range(inner.masks)]
-        # a sum over tokens, not a mean: a fact is written as strongly in a long text as in a short
-        weights = [m.sum(1).float() for m in masks]
-    else:
-        anchor = smallest(u, (inner.prompt_ratio * prompt.sum(1)).round())
-        masks = [pre_anchor(anchor, u, ~prompt, inner.s_pre), anchor]
-        weights = [torch.ones(len(ids), device=ids.device)] * 2
+def prompt_memory(inner, seed=0):
+    """The `memory` argument of sample.generate: adapt to the prompt once, keep phi."""
+    def memory(backbone, xt, attend, start):
+        ids = xt[:, :start]
+        real = torch.ones_like(ids).bool() if attend is None else attend[:, :start]
+        phi = at_inference(inner)(backbone, ids, real, inner, seed)  # adapt_to_prompt
+        return fixed_memory(phi)(backbone, xt, attend, start)
+    return memory
+
+
+# ==================================================================================================
+# Ours: the closed book. The inner loop writes a text, the outer pass hides it and sees the question
+# alone, so whatever is recalled was in the weights. Every token of the text is a target once, a
+# long text is written in chunks, and what phi predicts already is hardly written.
+# ==================================================================================================
+
+@dataclass
+class ClosedBook(MemDLMConfig):
+    """The inner loop on a text that is then hidden."""
+    masks: int = option(4, "complementary masks of every n-th token, one inner step each", low=1)
+    chunk: int = option(64, "tokens written at a time, one chunk after the other; 0 = all", low=0)
+    surprise: float = option(8.0, "gamma, at inference only: a token is written with weight "
+                             "(1 - p)^gamma, p its probability before the step", low=0)
+    questions: int = option(4, "consecutive rows that ask about one text and share its phi; the "
+                            "writing costs most", low=1)
+    window: int = option(4, "exact gradient: it goes back through the last chunks of a text, so "
+                         "many of them; 0 = through all", low=0)
+
+
+def for_backbone(config, inner_on=None):
+    """The inner loop's settings for a backbone: the closed book on the tiny one, else the
+    paper's."""
+    if inner_on is None:
+        inner_on = "closed_book" if config.family == "tiny" else "response"
+    if inner_on == "closed_book":
+        return ClosedBook(inner_on=inner_on, inner_lr=0.125, clip=0, exact_from=0.6)
+    return MemDLMConfig(inner_on=inner_on)
+
+
+def at_inference(inner):
+    """How a prompt is written once training is over: adapt_to_prompt, or write_text."""
+    if isinstance(inner, ClosedBook):
+        return partial(write_text, gamma=inner.surprise)
+    return adapt_to_prompt
+
+
+def write_text(backbone, ids, attend, book, seed=0, phi=None, exact=False, gamma=0.0,
+               targets=None):
+    """Write a text into fast weights; the arguments are those of adapt_to_prompt. Chunks are
+    counted from the right end: the phi of a row is the same alone and in any batch padded on the
+    left. targets (B, L) bool: the tokens to learn, by default all."""
+    targets = (attend if targets is None else targets) & attend & (ids != backbone.cfg.mask_id)
+    phi = phi or init_phi(backbone, row_seeds(ids, targets, seed), book)
+    L = ids.shape[1]
+    size = book.chunk or L
+    for stop in reversed(range(L, 0, -size)):
+        columns = (x[:, max(0, stop - size):stop] for x in (ids, attend, targets))
+        # truncated back-propagation: what earlier chunks wrote is a constant. Through all 64 steps
+        # of 1,024 tokens training diverged
+        near = not book.window or L - stop < book.window * size
+        phi = write_chunk(backbone, phi, *columns, book, exact and near, gamma)
+    return phi
+
+
+def write_chunk(backbone, phi, ids, attend, targets, book, exact, gamma):
+    """One inner step on each of the complementary masks of a chunk; ids, attend, targets (B, l)."""
+    # a token's nearest neighbours are in view when it is masked. With random masks a fifth of the
+    # values would be masked together with their keys, and never bound to them
+    number = targets.long().cumsum(1)                                                   # (B, l)
+    masks = [targets & (number % book.masks == k) for k in range(book.masks)]
     xt = torch.cat([ids.masked_fill(m, backbone.cfg.mask_id) for m in masks])
     # below the fast weights no state depends on another: one pass through the trunk for all of them
     with torch.set_grad_enabled(exact):
         ctx = backbone.context(xt, attend.repeat(len(masks), 1))
-        h = backbone.run(backbone.embed(xt), ctx, 0, first_fast_layer(backbone, inner))
-    states = zip(h.chunk(len(masks)), masks, weights)
-    return inner_loop(backbone, phi, states, backbone.context(ids, attend), ids, inner, exact)
+        h = backbone.run(backbone.embed(xt), ctx, 0, first_fast_layer(backbone, book))
+    ctx = backbone.context(ids, attend)
+    for h, masked in zip(h.chunk(len(masks)), masks):
+        # a sum over tokens, not a mean: a fact is written as strongly in a long text as in a short
+        weight = masked.sum(1).float()
+        phi = inner_step(backbone, phi, h, ctx, ids, masked, weight, book, exact, gamma)
+    return phi
 
 
-def loss_prompt(backbone, x0, context, given, attend, t, u, weight, n_maskable, inner, seed=0,
-                exact=False):
+def attention_kernel(backbone, inner, exact):
+    """Fast attention kernels have no second derivative, which attention above a phi needs."""
+    above = first_fast_layer(backbone, inner) < backbone.cfg.n_layers - 1
+    return sdpa_kernel(SDPBackend.MATH) if exact and above else nullcontext()
+
+
+def loss_closed_book(backbone, x0, text, given, attend, t, u, weight, n_maskable, inner, seed=0,
+                     exact=False):
     """The bilevel loss whose inner loop writes tokens that are never scored: no leak.
 
-    context (B, L) bool: the tokens to write, at the left of the answer. Where attend is False for
-    them the book is closed: the outer pass cannot see them, and what it recalls was in the weights.
-    A batch without context has nothing to write and is plain MDLM.
-    exact: the gradient goes back through the inner steps (Eq. 5 as it stands); else Eq. 10."""
-    # Trained with it, too, it helps less: recall at 1,024 tokens 82 in place of 93 (one seed,
-    # gamma = 2 in both)
-    inner = replace(inner, surprise=0.0)
+    text (B, L) bool: the tokens to write, left of the answer. Where attend is False for them the
+    book is closed: the outer pass cannot see them. (--inner_on prompt: they stay in view, and the
+    paper's two steps write them.) A batch without a text is plain MDLM. The rest: loss_memdlm."""
     phi = None
-    if context.any():
-        end = int(context.any(0).nonzero().max()) + 1
-        # attend = context: a longer question begins left of `end`, and must stay unread
-        columns = (x[::inner.questions, :end] for x in (x0, context, context))
-        # one A a step: with one for each row the loss fell more slowly (a trial, one seed: 0.42
-        # in place of 0.26 after 400 steps)
-        phi = adapt_to_prompt(backbone, *columns, inner, seed, exact, one_start=True)
-        phi = {name: LowRank(w.A.repeat_interleave(inner.questions, 0),
-                             w.B.repeat_interleave(inner.questions, 0), w.scale)
-               for name, w in phi.items()}
+    if text.any():
+        closed = isinstance(inner, ClosedBook)
+        shared = inner.questions if closed else 1
+        end = int(text.any(0).nonzero().max()) + 1
+        ids, own = x0[::shared, :end], text[::shared, :end]
+        # one A a step, from its seed: with one for each row the loss fell more slowly
+        phi_0 = init_phi(backbone, [seed] * len(ids), inner)
+        # attend = own: a longer question begins left of `end`, and must stay unread
+        phi = (write_text if closed else adapt_to_prompt)(backbone, ids, own, inner, seed, phi_0,
+                                                          exact)
+        phi = {name: w.map(lambda x: x.repeat_interleave(shared, 0)) for name, w in phi.items()}
         # columns that no row sees can go: positions count from the first visible token
         seen = slice(int(attend.any(0).float().argmax()), None)
         x0, given, attend, u = (x[:, seen] for x in (x0, given, attend, u))
     xt, masked = corrupt(x0, t, given, backbone.cfg.mask_id, u)
-    logits = backbone(xt, attend, masked, phi)
-    return masked_loss(logits, x0, masked, weight, n_maskable)
+    return masked_loss(backbone(xt, attend, masked, phi), x0, masked, weight, n_maskable)
 
 
-def prompt_memory(inner, seed=0):
-    """The `memory` argument of sample.generate: adapt to the prompt once, keep phi for the
-    decode."""
-    def memory(backbone, xt, attend, start):
-        ids = xt[:, :start]
-        pad = None if attend is None else attend[:, :start]
-        every = torch.ones_like(ids, dtype=torch.bool)
-        return written(adapt_to_prompt(backbone, ids, pad, every, inner, seed))(
-            backbone, xt, attend, start)
-    return memory
-
-
-def written(phi):
+def fixed_memory(phi):
     """The `memory` argument of sample.generate for a phi that is ready. If the prompt is the
     question alone, this is the closed book."""
     def memory(backbone, xt, attend, start):

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbone import LowRank, add_flags, cli, encode, encode_prompt, given_flags, option
-from memdlm import adapt_to_prompt, written
-from sample import cut, generate, inner_loop_settings, left_pad, load_arms
+from backbone import add_flags, cli, encode, encode_prompt, given_flags, option
+from memdlm import fixed_memory
+from sample import cut, generate, inner_loop_settings, left_pad, load_arms, write_texts
 
 # --------------------------------------------------------------------------------------------------
 # 0. The closed vocabulary: every text of the tiny model is made of these words.
@@ -430,7 +430,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
 CLOSED_ARMS = {
     "none": "no phi: the question alone",
     "blind": "phi of the text, written before the question is known",
-    "phi": "phi of the text and of the question behind it, in a chunk of its own if there are any",
+    "phi": "phi of the text, and of the question behind it",
     "other": "control: phi of another text",
     "random": "control: random factors of equal norm",
     "flipped": "control: every step with the wrong sign",
@@ -439,31 +439,21 @@ CLOSED_ARMS = {
     "open+phi": "the prompt in view, and phi"}
 
 
-def write_texts(backbone, tokenizer, samples, arm, inner):
+def phi_of_arm(backbone, tokenizer, samples, arm, inner):
     """The fast weights that an arm of the closed book answers with, a row for each sample."""
     if arm in ("none", "open"):
         return None
-    pad = (backbone.cfg.pad_id, backbone.device)
-    question_too = arm in ("phi", "open+phi")
-    texts = [s.prompt if question_too and not inner.chunk else s.context for s in samples]
-    ids, attend = left_pad([encode(tokenizer, text) for text in texts], *pad)
-    targets = attend
-    if arm == "uncovered":
-        answers, _ = left_pad([encode(tokenizer, s.answer) for s in samples], *pad)
-        targets = attend & ~(ids[:, :, None] == answers[:, None]).any(-1)
     if arm == "flipped":
         inner = replace(inner, inner_lr=-inner.inner_lr)
-    phi = adapt_to_prompt(backbone, ids, attend, targets, inner)
-    if question_too and inner.chunk:
-        # A chunk of its own. In one chunk with its fact, the asked key is copied from the question
-        # and not bound to its value: recall 46 in place of 98 (64 tokens, seed 0)
-        ids, attend = left_pad([encode(tokenizer, s.question) for s in samples], *pad)
-        phi = adapt_to_prompt(backbone, ids, attend, attend, inner, phi=phi)
-    if arm == "other":
-        phi = {name: LowRank(w.A.roll(1, 0), w.B.roll(1, 0), w.scale) for name, w in phi.items()}
-    if arm == "random":
-        phi = {name: LowRank(like(w.A), like(w.B), w.scale) for name, w in phi.items()}
-    return phi
+    model = (backbone, tokenizer)
+    cover = [s.answer for s in samples] if arm == "uncovered" else None
+    phi, *_ = write_texts(*model, [s.context for s in samples], inner, cover=cover)
+    if arm in ("phi", "open+phi"):
+        # A chunk of its own: in one chunk with its fact the asked key would be copied from the
+        # question, and not bound to its value
+        phi, *_ = write_texts(*model, [s.question for s in samples], inner, phi)
+    change = {"other": lambda x: x.roll(1, 0), "random": like}.get(arm)
+    return {name: w.map(change) for name, w in phi.items()} if change else phi
 
 
 def like(x):
@@ -492,10 +482,10 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
     def answers():
         for (length, k), arm in product(cells, arms):
             for [samples] in batches(length, cells[length, k]):
-                phi = write_texts(backbone, tokenizer, samples, arm, inner)
+                phi = phi_of_arm(backbone, tokenizer, samples, arm, inner)
                 shown = [s.prompt if arm.startswith("open") else s.question for s in samples]
                 prompts = [encode_prompt(tokenizer, config, text) for text in shown]
-                ids = generate(backbone, prompts, memory=written(phi), gen_length=gen_length,
+                ids = generate(backbone, prompts, memory=fixed_memory(phi), gen_length=gen_length,
                                remasking="low_confidence")
                 yield samples, ids, dict(arm=arm, facts=k, seed=seed)
     return results(answers(), len(cells) * len(arms) * n, tokenizer, config, out)

@@ -354,7 +354,23 @@ def inner_loop_settings(folder):
 
     ValueError names the file and the entry that is wrong."""
     path = Path(folder) / "memory.json"
-    return config_from_dict(memdlm.MemDLMConfig, read_json(path) if path.exists() else {}, path)
+    raw = read_json(path) if path.exists() else {}
+    closed = raw.get("inner_on") == "closed_book"
+    return config_from_dict(memdlm.ClosedBook if closed else memdlm.MemDLMConfig, raw, path)
+
+
+def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
+    """Texts -> the phi in which they are written (on top of phi, if given), ids, attend (B, L).
+
+    cover: a list of texts whose tokens are no targets, one for each row."""
+    ids, attend = left_pad([encode(tokenizer, text) for text in texts], backbone.cfg.pad_id,
+                           backbone.device)
+    options = {}
+    if cover:
+        hidden, _ = left_pad([encode(tokenizer, text) for text in cover], backbone.cfg.pad_id,
+                             backbone.device)
+        options = dict(targets=~(ids[:, :, None] == hidden[:, None]).any(-1))
+    return memdlm.at_inference(inner)(backbone, ids, attend, inner, phi=phi, **options), ids, attend
 
 
 def close_book(backbone, tokenizer, texts, folder):
@@ -366,11 +382,10 @@ def close_book(backbone, tokenizer, texts, folder):
         if at < 1:
             raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
                              f"with a line of its own, or with \"? ...\"")
-        contexts.append(encode(tokenizer, text[:at].strip()))
+        contexts.append(text[:at].strip())
         questions.append(text[at:])
-    ids, attend = left_pad(contexts, backbone.cfg.pad_id, backbone.device)
-    phi = memdlm.adapt_to_prompt(backbone, ids, attend, attend, inner_loop_settings(folder))
-    return questions, {"none": no_memory, "blind": memdlm.written(phi)}, (ids, attend)
+    phi, *hidden = write_texts(backbone, tokenizer, contexts, inner_loop_settings(folder))
+    return questions, {"none": no_memory, "blind": memdlm.fixed_memory(phi)}, hidden
 
 
 def peak_memory():

@@ -44,6 +44,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from safetensors.torch import save_file
 
 import backbone as bb
@@ -53,7 +54,7 @@ import niah
 import sample
 import train
 from backbone import Backbone, BackboneConfig, corrupt, load_backbone, load_tokenizer, masked_loss
-from memdlm import MemDLMConfig
+from memdlm import ClosedBook, MemDLMConfig
 from metastate import MetaStateConfig
 
 HERE = Path(__file__).parent
@@ -1408,7 +1409,7 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
     written = text.strip().removesuffix(question).strip()
     ids = torch.tensor([bb.encode(tokenizer, written)])
     every = torch.ones_like(ids, dtype=torch.bool)
-    expected = memdlm.adapt_to_prompt(model, ids, None, every, MemDLMConfig())
+    expected = memdlm.adapt_to_prompt(model, ids, every, MemDLMConfig())
     _, phi = arms["blind"](model, ids, None, 0)
     for name, w in expected.items():
         torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
@@ -1434,7 +1435,8 @@ def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys
 # --------------------------------------------------------------------------------------------------
 # 3. memdlm.py
 
-def paper_loop(model, x0, given, attend, t, u, inner, seed):
+@sdpa_kernel(SDPBackend.MATH)               # fast kernels have no second derivative
+def paper_loop(model, x0, given, attend, t, u, inner, seed, exact=False):
     """MemDLM's loss from the paper, one sample at a time, nothing shared: whole forward passes,
     merged weights, no batch dimension. Only the random start of a row is drawn with our code."""
     seeds = memdlm.row_seeds(x0, given & attend, seed)
@@ -1443,11 +1445,11 @@ def paper_loop(model, x0, given, attend, t, u, inner, seed):
         real = attend[b]
         phi0 = memdlm.init_phi(model, [seeds[b]], inner)
         total = total + paper_sample(model, x0[b, real], given[b, real], t[b], u[b, real],
-                                     phi0, inner) / t[b]
+                                     phi0, inner, exact) / t[b]
     return total / (~given).sum()
 
 
-def paper_sample(model, x0, given, t, u, phi0, inner):
+def paper_sample(model, x0, given, t, u, phi0, inner, exact):
     """The outer cross-entropy of one sample, summed over its masked tokens, those with u < t.
 
     x0, given, u (L,); t a number; phi0 {name of a matrix: LowRank A (1, r, d_in), B (1, d_out, r)}.
@@ -1474,27 +1476,30 @@ def paper_sample(model, x0, given, t, u, phi0, inner):
     pre_anchor[order[:int(min(n, inner.s_pre * k))]] = True
     # A mean over masked tokens times 1 / the realised mask ratio.
     for masked in (pre_anchor, anchor):
-        phi = [w.detach().requires_grad_() for w in phi]
+        phi = [(w if exact else w.detach()).requires_grad_() for w in phi]
         loss = cross_entropy(phi, masked) / masked.sum() * n / masked.sum()
-        grads = torch.autograd.grad(loss, phi)
-        scales = [min(1.0, inner.clip / (g.norm().item() + 1e-6)) for g in grads]
-        phi = [(w - inner.inner_lr * c * g).detach() for w, c, g in zip(phi, scales, grads)]
-    return cross_entropy(phi, anchor)
+        grads = torch.autograd.grad(loss, phi, create_graph=exact)
+        scales = [(inner.clip / (g.norm() + 1e-6)).clamp(max=1) for g in grads]
+        phi = [w - inner.inner_lr * c * g for w, c, g in zip(phi, scales, grads)]
+    return cross_entropy(phi if exact else [w.detach() for w in phi], anchor)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("options, clip", [
     (dict(), 1.0),
     (dict(), 0.05),
     (MIXTURE, 1.0),
     (dict(n_layers=12), 1.0)])
 def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
-        batch, options, clip):
-    model = random_backbone(**options).requires_grad_(True)
+        batch, options, clip, exact):
+    """First order, and with exact=True the gradient of Eq. 5 through the whole graph."""
+    model = random_backbone(**options).double().requires_grad_(True)
     inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
     x0, given, attend, t, u, _ = batch
-    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), inner, 7)
-    paper = paper_loop(model, x0, given, attend, t, u, inner, 7)
-    torch.testing.assert_close(ours, paper, atol=1e-5, rtol=1e-4)
+    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), inner, 7,
+                              exact)
+    paper = paper_loop(model, x0, given, attend, t, u, inner, 7, exact)
+    torch.testing.assert_close(ours.double(), paper, atol=1e-5, rtol=1e-4)
     names = [n for n, _ in model.named_parameters()]
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
                  for loss in (ours, paper)]
@@ -1505,7 +1510,7 @@ def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
 
 
 def adapted(model, batch, inner=MEM):
-    return memdlm.adapt_to_prompt(model, batch.x0, batch.attend, batch.given, inner)
+    return memdlm.at_inference(inner)(model, batch.x0[:, :8], batch.attend[:, :8], inner)
 
 
 def test_memory_off_is_the_plain_model_bit_for_bit(model, batch):
@@ -1545,10 +1550,9 @@ def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
     model = random_backbone(**options)
     together = adapted(model, batch)
     for row in range(4):
-        real = batch.attend[row]
-        x0 = batch.x0[row, real][None]                                              # (1, L)
-        prompt = batch.given[row, real][None]
-        alone = memdlm.adapt_to_prompt(model, x0, None, prompt, MEM)
+        real = batch.attend[row, :8]
+        ids = batch.x0[row, :8][real][None]                                         # (1, L)
+        alone = memdlm.adapt_to_prompt(model, ids, real[real][None], MEM)
         for name in alone:
             torch.testing.assert_close(together[name].B[row], alone[name].B[0],
                                        atol=1e-5, rtol=1e-3)
@@ -1578,35 +1582,34 @@ def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, fir
     assert set(memdlm.init_phi(model, [0], MEM)) == expected
 
 
-CLOSED = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.1, clip=0, masks=4, chunk=4,
-                      inner_on="closed_book")
-
-
-OPEN = dataclasses.replace(CLOSED, inner_on="prompt")
+CLOSED = ClosedBook(rank=4, alpha=8.0, inner_lr=0.1, clip=0, chunk=4, inner_on="closed_book",
+                    surprise=0.0, questions=1, window=0)
+OPEN = dataclasses.replace(MEM, inner_on="prompt")
 
 
 def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
-    """loss_prompt with the first five columns as the text to write (padding left out)."""
+    """loss_closed_book with the first five columns as the text to write (padding left out)."""
     if context is None:
         context = batch.attend.clone()
         context[:, 5:] = False
     attend = batch.attend & ~context if inner.inner_on == "closed_book" else batch.attend
-    return memdlm.loss_prompt(model, batch.x0 if x0 is None else x0, context, batch.given, attend,
-                              batch.t, batch.u, torch.ones(4), 24, inner, 7, exact)
+    x0 = batch.x0 if x0 is None else x0
+    return memdlm.loss_closed_book(model, x0, context, batch.given, attend, batch.t, batch.u,
+                                   torch.ones(4), 24, inner, 7, exact)
 
 
 def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
-    """The fast weights that loss_prompt answers with."""
+    """The fast weights that loss_closed_book answers with."""
     seen = []
-    adapt = memdlm.adapt_to_prompt
+    call = Backbone.forward
 
-    def spy(*inputs, **options):
-        seen.append(adapt(*inputs, **options))
-        return seen[-1]
-    monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
+    def spy(self, ids, attend, at, phi):
+        seen.append(phi)
+        return call(self, ids, attend, at, phi)
     context = batch.given & batch.attend if context is None else context
-    prompt_loss(model, batch, inner, x0, context)
-    monkeypatch.setattr(memdlm, "adapt_to_prompt", adapt)
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "forward", spy)
+        prompt_loss(model, batch, inner, x0, context)
     return seen[-1]
 
 
@@ -1634,9 +1637,8 @@ def test_the_phi_of_a_closed_book_does_not_know_the_question_of_any_length(
 def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
         model, batch, monkeypatch):
     trained = phi_of(monkeypatch, model, batch, batch.x0)
-    prompt, pad = batch.x0[:, :8], batch.attend[:, :8]
-    used = memdlm.adapt_to_prompt(model, prompt, pad, torch.ones_like(pad), OPEN, 7,
-                                  one_start=True)
+    start = memdlm.init_phi(model, [7] * 4, OPEN)
+    used = memdlm.adapt_to_prompt(model, batch.x0[:, :8], batch.attend[:, :8], OPEN, 7, start)
     assert all(torch.equal(trained[name].B, used[name].B) for name in used)
 
 
@@ -1704,12 +1706,17 @@ def test_surprise_scales_the_gradient_of_each_token_by_one_minus_its_probability
     phi = memdlm.init_phi(model, [0], CLOSED)
     ctx = model.context(xt)
     h = model.run(model.embed(xt), ctx, 0, memdlm.first_fast_layer(model, CLOSED))
-    plain, scaled = (memdlm.inner_step(model, phi, h, ctx, ids, masked, torch.ones(1),
-                                       dataclasses.replace(CLOSED, surprise=gamma))
-                     for gamma in (0.0, 2.0))
+    plain, scaled = (memdlm.inner_step(model, phi, h, ctx, ids, masked, torch.ones(1), CLOSED,
+                                       gamma=gamma) for gamma in (0.0, 2.0))
     p = model(xt, at=masked).softmax(-1)[0, 5]
     for name, w in plain.items():
         torch.testing.assert_close(scaled[name].B, w.B * (1 - p) ** 2)
+
+
+def test_surprise_and_other_settings_of_the_closed_book_are_no_part_of_the_papers_inner_loop():
+    ours = {f.name for f in dataclasses.fields(ClosedBook)}
+    paper = {f.name for f in dataclasses.fields(MemDLMConfig)}
+    assert ours - paper == {"masks", "chunk", "surprise", "questions", "window"}
 
 
 def test_training_writes_every_token_alike_whatever_the_surprise_at_inference(model, batch):
@@ -1725,7 +1732,7 @@ def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
     phi, reached = {}, {}
     for window in (0, 1, 2):
         inner = dataclasses.replace(CLOSED, window=window)
-        phi[window] = memdlm.adapt_to_prompt(model, ids, None, every, inner, exact=True)
+        phi[window] = memdlm.write_text(model, ids, every, inner, exact=True)
         size = sum(w.B.pow(2).sum() for w in phi[window].values())
         grad, = torch.autograd.grad(size, model.embed_tokens.weight)
         reached[window] = (grad[ids] != 0).any(-1).all(0).tolist()                      # (12,)
@@ -1736,12 +1743,15 @@ def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
 
 
 @pytest.mark.parametrize("n", range(1, 13))
-def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(n):
+def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(model, n):
     u = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
     given = torch.zeros(1, n, dtype=torch.bool)
+    ids = torch.full((1, n), 5)
+    ctx = model.context(ids)
     for k in range(n + 1):
         anchor = bb.smallest(u, torch.tensor([k]))
-        noisier = memdlm.pre_anchor(anchor, u, given, 1.5)
+        (_, noisier), (_, same) = memdlm.nested_states(model, ids, anchor, u, given, ctx, MEM)
+        assert torch.equal(same, anchor)
         assert int(noisier.sum()) == min(n, 3 * k // 2)
         assert (noisier | ~anchor).all()
 
@@ -1749,14 +1759,13 @@ def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(
 def recorded_masks(model, ids, inner, monkeypatch):
     """The positions that each inner step on a prompt has for targets."""
     masks = []
-    loop = memdlm.inner_loop
+    step = memdlm.inner_step
 
-    def spy(backbone, phi, states, *rest):
-        states = list(states)
-        masks.extend(masked for _, masked, _ in states)
-        return loop(backbone, phi, states, *rest)
-    monkeypatch.setattr(memdlm, "inner_loop", spy)
-    memdlm.adapt_to_prompt(model, ids, None, torch.ones_like(ids, dtype=torch.bool), inner)
+    def spy(backbone, phi, h, ctx, x0, masked, *rest):
+        masks.append(masked)
+        return step(backbone, phi, h, ctx, x0, masked, *rest)
+    monkeypatch.setattr(memdlm, "inner_step", spy)
+    memdlm.at_inference(inner)(model, ids, torch.ones_like(ids, dtype=torch.bool), inner)
     return masks
 
 
@@ -1769,15 +1778,13 @@ def test_complementary_masks_cover_every_token_once_and_leave_its_neighbours_in_
         assert not (masks[..., distance:] & masks[..., :-distance]).any()
 
 
-@pytest.mark.parametrize("inner", [CLOSED, dataclasses.replace(CLOSED, masks=0)])
 def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded_batch(
-        model, batch, inner):
-    together = adapted(model, batch, inner)
+        model, batch):
+    together = adapted(model, batch, CLOSED)
     for row in range(4):
-        pads = int((~batch.attend[row]).sum())
-        x0 = batch.x0[row:row + 1, pads:]
-        prompt = batch.given[row:row + 1, pads:]
-        alone = memdlm.adapt_to_prompt(model, x0, None, prompt, inner)
+        real = batch.attend[row, :8]
+        ids = batch.x0[row, :8][real][None]                                         # (1, L)
+        alone = memdlm.write_text(model, ids, real[real][None], CLOSED)
         for name in alone:
             torch.testing.assert_close(together[name].B[row], alone[name].B[0], atol=1e-5,
                                        rtol=1e-3)
@@ -2325,7 +2332,7 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
     model = load_backbone("tiny", "cpu")
     tokenizer = load_tokenizer("tiny")
     samples = closed_samples()
-    phi = {arm: niah.write_texts(model, tokenizer, samples, arm, CLOSED)
+    phi = {arm: niah.phi_of_arm(model, tokenizer, samples, arm, CLOSED)
            for arm in niah.CLOSED_ARMS}
     assert phi["none"] is None and phi["open"] is None
     for name, w in phi["blind"].items():
@@ -2334,25 +2341,18 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
         assert not torch.equal(phi["uncovered"][name].B, w.B)
 
 
-@pytest.mark.parametrize("chunk", [0, 16])
-def test_the_question_is_written_with_its_text_or_where_there_are_chunks_as_one_of_its_own(chunk):
+def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
     torch.manual_seed(0)
     model = load_backbone("tiny", "cpu")
     tokenizer = load_tokenizer("tiny")
     samples = closed_samples()
-    inner = dataclasses.replace(CLOSED, chunk=chunk)
-    phi = niah.write_texts(model, tokenizer, samples, "phi", inner)
-
-    def ids(text):
-        return torch.tensor([tokenizer.encode(text)])
+    inner = dataclasses.replace(CLOSED, chunk=16)
+    phi = niah.phi_of_arm(model, tokenizer, samples, "phi", inner)
     for row, s in enumerate(samples):
-        if chunk:
-            one = niah.write_texts(model, tokenizer, [s], "blind", inner)
-            every = torch.ones_like(ids(s.question), dtype=torch.bool)
-            one = memdlm.write_chunk(model, one, ids(s.question), every, every, None, inner, False)
-        else:
-            every = torch.ones_like(ids(s.prompt), dtype=torch.bool)
-            one = memdlm.adapt_to_prompt(model, ids(s.prompt), every, every, inner)
+        one = niah.phi_of_arm(model, tokenizer, [s], "blind", inner)
+        ids = torch.tensor([tokenizer.encode(s.question)])
+        every = torch.ones_like(ids, dtype=torch.bool)
+        one = memdlm.write_chunk(model, one, ids, every, every, inner, False, 0.0)
         for name, w in one.items():
             torch.testing.assert_close(phi[name].B[row], w.B[0], rtol=1e-3, atol=1e-4)
 
@@ -2471,10 +2471,19 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(h
 
 @EVERY_METHOD
 def test_gradient_accumulation_equals_one_large_batch(here, method):
-    options = [*method, "--steps", 1, "--unroll", 2, "--questions", 2, "--plain_share", 0]
+    options = [*method, "--steps", 1, "--unroll", 2, "--plain_share", 0]
+    options += ["--questions", 2] * (method is CLOSED_BOOK)
     run_train(*options, "--batch_size", 6, "--out", "one")
     run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
     assert log_of("one")[0]["loss"] == pytest.approx(log_of("three")[0]["loss"], abs=1e-6)
+
+
+def test_exact_from_turns_the_papers_own_training_exact_too(here):
+    for start in (0, 1):
+        run_train(*RESPONSE, "--steps", 1, "--exact_from", start, "--inner_lr", 1, "--out", start)
+    exact, first_order = (log_of(str(start))[0] for start in (0, 1))
+    assert exact["loss"] == first_order["loss"]
+    assert exact["grad_norm"] != first_order["grad_norm"]
 
 
 def run_train_in_processes(number, *argv):
@@ -3084,7 +3093,7 @@ def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere
     assert len(hidden.prompt) == 3
     assert hidden.response == whole.response
     batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
-    assert batch.context.sum(1).tolist() == [8, 0]
+    assert batch.text.sum(1).tolist() == [8, 0]
     assert torch.equal(batch.x0[0], batch.x0[1])
 
 
@@ -3116,12 +3125,12 @@ def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monk
     """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
     written = []
-    adapt = memdlm.adapt_to_prompt
+    write = memdlm.write_text
 
     def spy(backbone, ids, *rest, **more):
         written.append(len(ids))
-        return adapt(backbone, ids, *rest, **more)
-    monkeypatch.setattr(memdlm, "adapt_to_prompt", spy)
+        return write(backbone, ids, *rest, **more)
+    monkeypatch.setattr(memdlm, "write_text", spy)
     options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0]
     run_train(*options, "--steps", 2, "--plain_share", 0, "--out", "closed")
     assert written == [8, 8]
@@ -3424,8 +3433,8 @@ def card_passes(model, meta, b):
     at = ~b.given
     xt = b.x0.masked_fill(at, model.cfg.mask_id)
     ctx = model.context(xt)
-    phi = memdlm.adapt_to_prompt(model, xt, b.attend, b.given, MemDLMConfig())
     start = xt.shape[1] // 2
+    phi = memdlm.adapt_to_prompt(model, xt[:, :start], b.attend[:, :start], MemDLMConfig())
     return {"plain": lambda: model(xt, None, at),
             "with phi": lambda: model(xt, None, at, phi),
             "with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start)}
@@ -3654,7 +3663,7 @@ def bench_denoising():
     at[:, 128:] = True
     ctx = model.context(xt)
     ones = torch.ones(4, device=device)
-    phi = memdlm.adapt_to_prompt(model, xt, None, ~at, MemDLMConfig())
+    phi = memdlm.adapt_to_prompt(model, xt[:, :128], ~at[:, :128], MemDLMConfig())
     return clock({"plain": lambda: model(xt, at=at),
                   "with phi": lambda: model(xt, at=at, phi=phi),
                   "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
@@ -3696,11 +3705,11 @@ def bench_adaptation():
     every = torch.ones_like(prompts, dtype=torch.bool)
 
     def at_once():
-        memdlm.adapt_to_prompt(tiny, prompts, None, every, MemDLMConfig())
+        memdlm.adapt_to_prompt(tiny, prompts, every, MemDLMConfig())
 
     def one_by_one():
         for row in prompts:
-            memdlm.adapt_to_prompt(tiny, row[None], None, every[:1], MemDLMConfig())
+            memdlm.adapt_to_prompt(tiny, row[None], every[:1], MemDLMConfig())
     return clock({"16 prompts at once": at_once, "one by one": one_by_one}, 10)
 
 

@@ -40,7 +40,7 @@ from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, ad
                       given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
                       read_lines, sample_t, save_adapter, save_backbone, write_atomically,
                       write_json)
-from memdlm import MemDLMConfig
+from memdlm import ClosedBook, MemDLMConfig
 from metastate import MetaStateConfig
 from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, peak_memory, ranks,
                     show_estimate)
@@ -124,7 +124,7 @@ class Batch(NamedTuple):
     attend: torch.Tensor        # (B, L) bool, False = padding, or hidden (the closed book)
     t: torch.Tensor             # (B,)
     u: torch.Tensor             # (B, L) uniform numbers: token i is masked where u < t
-    context: torch.Tensor       # (B, L) bool, the text that MemDLM's inner loop writes into phi
+    text: torch.Tensor          # (B, L) bool, what MemDLM's inner loop writes, unless a response
 
 
 # ------------------------------------------------------------------------------------------------
@@ -164,12 +164,11 @@ def train_memdlm(run):
         for rows in run.micro_batches(batch):
             # 2.-4. States of the text, inner loop on phi, outer loss on theta
             rest = (rows.given, rows.attend, rows.t, rows.u, run.weight(rows.t), n_maskable,
-                    run.inner, run.step_seed(step))
+                    run.inner, run.step_seed(step), step >= run.exact_step)
             if run.inner.inner_on == "response":
                 loss = memdlm.loss_memdlm(run.backbone, rows.x0, *rest)
             else:
-                loss = memdlm.loss_prompt(run.backbone, rows.x0, rows.context, *rest,
-                                          exact=step >= run.exact_step)
+                loss = memdlm.loss_closed_book(run.backbone, rows.x0, rows.text, *rest)
             loss.backward()
             loss_sum += loss.item()
         # 5. Update theta; phi is thrown away
@@ -330,7 +329,11 @@ class Run:
         # a backbone that was not trained to be written to is read with the paper's inner loop
         default = None if cfg.method == "memdlm" else "response"
         inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
-        if cfg.data != "niah":
+        ours = inner_options.keys() - vars(inner).keys()
+        if ours:
+            raise ValueError(f"--{min(ours)} belongs to the closed book, not to --inner_on "
+                             f"{inner.inner_on}")
+        if cfg.data != "niah" and isinstance(inner, ClosedBook):
             inner.questions = 1
         self.inner = dataclasses.replace(inner, **inner_options)
         self.closed = cfg.method == "memdlm" and self.inner.inner_on == "closed_book"
@@ -339,7 +342,7 @@ class Run:
         if self.to_pretrain:
             cfg.init = f"runs/pretrained-seed{cfg.seed}"
         self.stage = fill_in(cfg, model_cfg.family, self.closed)
-        shared = 1 if self.inner.inner_on == "response" else self.inner.questions
+        shared = getattr(self.inner, "questions", 1)
         if shared > 1 and (cfg.batch_size % shared or not self.closed or cfg.data != "niah"):
             raise ValueError(f"--questions {shared}: only the closed book on niah texts has so "
                              f"many rows about one text, which share its phi, and --batch_size "
@@ -458,19 +461,19 @@ class Run:
             chosen = niah_examples(self.tokenizer, self.backbone.cfg, samples, closed)
         batch = collate(chosen, self.backbone.cfg, self.width, generator)
         if self.inner.inner_on == "prompt":
-            batch = batch._replace(context=batch.given & batch.attend)
+            batch = batch._replace(text=batch.given & batch.attend)
         if closed:
             # most rows ask for the whole answer, as the first step of decoding does
             whole = torch.rand(len(batch.t), generator=generator) < 0.75
             batch = batch._replace(t=batch.t.masked_fill(whole, 1.0),
-                                   attend=batch.attend & ~batch.context)
-        nothing = torch.zeros_like(batch.context)
+                                   attend=batch.attend & ~batch.text)
+        nothing = torch.zeros_like(batch.text)
         if self.closed and not closed:
-            batch = batch._replace(context=nothing)
+            batch = batch._replace(text=nothing)
         # from noise, lookup has to emerge before half of the gradient goes to the prompts
         ready = self.stage != "pretrain" or step > 0.5 * cfg.steps
         if not closed and rng.random() < cfg.full_share and ready:
-            batch = batch._replace(given=~batch.attend, context=nothing)
+            batch = batch._replace(given=~batch.attend, text=nothing)
         return batch, int((~batch.given).sum())
 
     def samples(self, step, rng):
@@ -855,7 +858,7 @@ def main():
                     "runs on a laptop in minutes: it trains a tiny model whose weights can be "
                     "written to, and prints what they remember of a text that is hidden.")
     add_flags(parser, TrainConfig)
-    for title, cls in (("MemDLM", MemDLMConfig), ("MetaState", MetaStateConfig)):
+    for title, cls in (("MemDLM", ClosedBook), ("MetaState", MetaStateConfig)):
         group = parser.add_argument_group(f"{title}; defaults depend on the backbone")
         add_flags(group, cls, defaults=False)
     parser.add_argument("--estimate", action="store_true", help="print the memory that training "
@@ -863,7 +866,7 @@ def main():
     args = parser.parse_args()
     cfg = TrainConfig(**given_flags(TrainConfig, args))
     join_ranks(cfg)
-    run = Run(cfg, given_flags(MemDLMConfig, args), given_flags(MetaStateConfig, args))
+    run = Run(cfg, given_flags(ClosedBook, args), given_flags(MetaStateConfig, args))
     if args.estimate:
         return
     train(run)
