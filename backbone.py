@@ -569,7 +569,8 @@ ENTRIES = {
 
 # Entries that change the arithmetic in ways that this file does not implement: any other value is
 # refused. A missing entry means this value, and null the same as false.
-ALL_REQUIRED = dict(rope_scaling=None, quantization_config=None)
+ALL_REQUIRED = dict(quantization_config=None)
+PLAIN_ROPE = dict(rope_type="default", type="default", partial_rotary_factor=1.0)
 QWEN_REQUIRED = dict(ALL_REQUIRED, hidden_act="silu", tie_word_embeddings=False)
 REQUIRED = {
     "llada": dict(ALL_REQUIRED, block_type="llama", activation_type="silu", layer_norm_type="rms",
@@ -616,6 +617,14 @@ def config_from_json(raw, where="config.json"):
         return config_from_dict(BackboneConfig, raw.get("backbone"), f"{where}: backbone")
     refuse_unsupported(raw, REQUIRED[family], where)
     raw = {entry: value for entry, value in raw.items() if value is not None}
+    for entry in ("rope_scaling", "rope_parameters"):  # transformers 5 writes the second
+        rope = raw.get(entry, {})
+        rope = rope if isinstance(rope, dict) else {"": rope}
+        raw["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta")
+        plain = dict(PLAIN_ROPE, rope_theta=raw["rope_theta"])
+        if any(rope[key] != plain.get(key) for key in rope):
+            raise ValueError(f"{where}: {entry} = {raw[entry]!r:.150} is not supported (only plain "
+                             f"RoPE, with one rope_theta)")
     values = dict(FIXED[family], family=family, conv_width=0)
     if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:  # each ends an answer
         raw["eos_token_id"], *values["extra_stop_ids"] = raw["eos_token_id"]
@@ -640,25 +649,49 @@ def config_from_json(raw, where="config.json"):
 # --------------------------------------------------------------------------------------------------
 # 7. Files: found, read with their checksums, replaced whole.
 
-def load_backbone(name_or_path, device=None, dtype=None):
+def load_backbone(name_or_path, device=None, dtype=None, chat=None):
     """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
     checkpoint (hub name or folder), or an adapter in PEFT's format, for which the base is loaded
     first -> Backbone in eval mode. Raises FileNotFoundError or ValueError.
 
-    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's."""
+    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's. chat: do prompts go
+    through the chat template? None: as saved by save_backbone or save_adapter, else guess_chat."""
     device = default_device(device)
     if name_or_path == "tiny":
         return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
     folder = find_folder(name_or_path)
     if (folder / "adapter_config.json").exists():
-        return load_adapter(load_backbone(adapter_base(folder), device, dtype), folder)
-    cfg = config_from_json(read_json(folder / "config.json"), folder / "config.json")
-    cfg.chat = cfg.chat or bool(re.search(r"Instruct|Chat|LLaDA-1\.5", str(name_or_path)))
+        if chat is None:
+            saved = (open_shard(folder / "adapter_model.safetensors").metadata() or {}).get("chat")
+            chat = saved == "True" if saved else guess_chat(name_or_path, folder)[0] or None
+        return load_adapter(load_backbone(adapter_base(folder), device, dtype, chat), folder)
+    raw = read_json(folder / "config.json")
+    cfg = config_from_json(raw, folder / "config.json")
+    why = "as asked for or saved"
+    if chat is None and "backbone" not in raw:
+        chat, why = guess_chat(name_or_path, folder)
+    cfg.chat = cfg.chat if chat is None else chat
+    if cfg.family != "tiny" and os.environ.get("RANK", "0") == "0":
+        print(f"{name_or_path}: prompts go {'through a chat template' if cfg.chat else 'in bare'} "
+              f"({why}; --chat and --no-chat decide)")
     with torch.device("meta"):
         model = Backbone(cfg)
     names = {official_name(n, cfg.family): n for n, _ in model.named_parameters()}
     shards = [open_shard(folder / file, device) for file in shard_files(folder)]
     return load_weights(model, names, shards, folder, dtype).eval()
+
+
+def guess_chat(name, folder):
+    """Do prompts to a published model or adapter go through a chat template, and what says so? A
+    Base model's tokenizer may bring a template all the same, so its name counts first."""
+    name = re.sub(r"[/\\]snapshots[/\\]\w+$", "", os.path.abspath(name))  # the hub's cache
+    words = r"(?<![a-z])(base|instruct|chat|llada-1\.5)(?![a-z\d])"
+    said = re.findall(words, os.path.basename(name).lower())
+    if said:
+        return said != ["base"], f"its name says {said[0]}"
+    held = (folder / "chat_template.jinja").exists() or any(
+        read_json(file).get("chat_template") for file in folder.glob("tokenizer_config.json"))
+    return held, f"its folder holds {'a' if held else 'no'} template"
 
 
 def load_weights(model, names, shards, where, dtype=None):
@@ -768,13 +801,21 @@ def read_json(path):
 
 
 def read_lines(path, read):
-    """[read(value, bytes) for each line] of a JSONL file. ValueError, also read's own, names file
-    and line."""
+    """[read(value, bytes) for each line] of a JSONL file; empty lines are skipped. ValueError, also
+    read's own, names file and line."""
     found = []
     with open(path, "rb") as f:
+        start = f.peek(9).lstrip(b"\xef\xbb\xbf \r\n")
+        kinds = {b"[": "json, an array", b"\x1f\x8b": "json, gzip", b"PAR1": "parquet"}
+        for kind in [kinds[first] for first in kinds if start.startswith(first)]:
+            raise ValueError(f"{path} is no JSON Lines ({kind}). This converts it: python -c \""
+                             f"import datasets; datasets.load_dataset('{kind.split(',')[0]}', "
+                             f"data_files='{path}', split='train').to_json('new.jsonl')\"")
         for number, line in enumerate(f, 1):
             try:
-                found.append(read(json.loads(line.decode()), len(line)))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows' BOM
+                if text.strip():
+                    found.append(read(json.loads(text), len(line)))
             except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
             except ValueError as e:
@@ -797,7 +838,7 @@ def write_atomically(path, write):
     part = f"{path}.part"
     try:
         write(part)
-        with open(part, "rb") as f:
+        with open(part, "r+b") as f:  # Windows flushes no file that is open for reading only
             os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException as e:  # Ctrl-C is no Exception
@@ -820,6 +861,9 @@ def shard_files(folder):
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: weight_map names {file!r:.80}, which is no file here")
+    single = folder / "model.safetensors"
+    if single.exists() and single.name not in weight_map.values():
+        raise ValueError(f"{index} and {single} are two sets of weights: delete the older one")
     return sorted(set(weight_map.values()))
 
 
@@ -862,10 +906,12 @@ def checksum(names, get):
 
 # As REQUIRED. Other initial values (pissa, olora, ...) change the base's weights: such an adapter
 # does not fit the published base, and PEFT can convert it.
-ADAPTER_REQUIRED = dict(peft_type="LORA", use_dora=False, use_rslora=False, rank_pattern=None,
-                        alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False,
-                        layer_replication=None, lora_bias=False, target_parameters=None,
-                        init_lora_weights=[True, False, None, "gaussian", "eva", "orthogonal"])
+ADAPTER_REQUIRED = dict(dict.fromkeys(
+    """use_dora use_rslora rank_pattern alpha_pattern modules_to_save fan_in_fan_out lora_bias
+    layer_replication target_parameters trainable_token_indices alora_invocation_tokens arrow_config
+    kasa_config monteclora_config velora_config use_bdlora use_qalora""".split()),
+    peft_type="LORA", bias=["none", None], revision=[None, "main"],
+    init_lora_weights=[True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 
 
 @dataclass
@@ -910,9 +956,9 @@ def save_adapter(model, folder, base):
                   bias="none", fan_in_fan_out=False, inference_mode=True,
                   target_modules="|".join(sorted(names)))
     # PEFT warns of entries that it does not know. So instead of a checksum, alpha, the one number
-    # that could be wrong in silence, stands beside the weights a second time.
-    alpha = str(first.lora_alpha)
-    save_tensors(tensors, folder / "adapter_model.safetensors", lora_alpha=alpha)
+    # that could be wrong in silence, stands beside the weights a second time, and chat with it.
+    numbers = dict(lora_alpha=str(first.lora_alpha), chat=str(model.cfg.chat))
+    save_tensors(tensors, folder / "adapter_model.safetensors", **numbers)
     write_json(folder / "adapter_config.json", config, checksum=False)
 
 
@@ -950,19 +996,21 @@ def load_tokenizer(name_or_path):
     if name_or_path == "tiny":
         from niah import tiny_tokenizer  # the closed vocabulary lives where the texts are made
         return tiny_tokenizer()
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
     folder = find_folder(name_or_path, weights=False)
+    home = folder
     if (folder / "adapter_config.json").exists():
-        return load_tokenizer(adapter_base(folder))
-    config = read_json(folder / "config.json")
+        home = find_folder(adapter_base(folder), weights=False)
+        folder = folder if (folder / "tokenizer_config.json").exists() else home
+    config = read_json(home / "config.json")
     kind = PreTrainedTokenizerFast
-    if family_of(config, folder / "config.json") == "dream" and (folder / "vocab.json").exists():
-        kind = Qwen2Tokenizer  # AutoTokenizer asks for Dream's remote class; the ids are the same
+    if family_of(config, home / "config.json") == "dream" and (folder / "vocab.json").exists():
+        kind = Qwen2TokenizerFast  # AutoTokenizer asks for Dream's remote class; the same ids
     try:
         tokenizer = kind.from_pretrained(str(folder))
     except Exception as e:
         raise ValueError(f"{folder}: no tokenizer could be read ({brief(e)})") from e
-    if config.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
+    if folder == home and config.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
         raise ValueError(f"{folder}: the tokenizer has another vocabulary than the one the model "
                          f"was trained with")
     return tokenizer
@@ -976,18 +1024,22 @@ def vocabulary_hash(tokenizer):
 def chat_text(tokenizer, cfg, messages, reply):
     """messages as text; reply: end where the assistant's answer starts. LLaDA's template always
     opens an assistant turn; for a finished conversation (training) that is cut off again."""
-    template = tokenizer.chat_template or (ROLE_TEMPLATE if cfg.family == "llada_moe" else None)
-    if template is None:
+    own = tokenizer.chat_template
+    if not own and cfg.family != "llada_moe":
         text = " ".join(m["content"] for m in messages)
         return text + " " if messages[-1]["role"] == "user" else text
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply,
-                                         chat_template=template)
+    try:  # of several templates with names, transformers takes "default"
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply,
+                                             chat_template=None if own else ROLE_TEMPLATE)
+    except Exception as e:  # a template may raise what it likes
+        raise ValueError(f"the chat template refuses these messages ({brief(e)})") from None
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     return text.removesuffix(header) if cfg.family == "llada" and not reply else text
 
 
-def encode(tokenizer, text):
-    """Text -> list of ids. ValueError names words outside a closed vocabulary, half a character."""
+def encode(tokenizer, text, cfg=None):
+    """Text -> list of ids. ValueError names half a character, words and ids beyond the vocabulary.
+    cfg: of the model that reads the ids."""
     half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ValueError(f"the text holds half a character, a lone surrogate {half[0]!r}, at "
@@ -998,7 +1050,11 @@ def encode(tokenizer, text):
         if unknown:
             raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown)[:80]} "
                              f"(python sample.py --vocabulary lists it)")
-    return tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if cfg and max(ids, default=0) >= cfg.vocab_size:
+        raise ValueError(f"the token {tokenizer.decode([max(ids)])!r} has the id {max(ids)}, but "
+                         f"the model has only {cfg.vocab_size} embeddings")
+    return ids
 
 
 def encode_prompt(tokenizer, cfg, text):
@@ -1007,7 +1063,7 @@ def encode_prompt(tokenizer, cfg, text):
     start = [] if cfg.chat or cfg.bos_id is None else [cfg.bos_id]
     if cfg.chat:
         text = chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True)
-    ids = start + encode(tokenizer, text)
+    ids = start + encode(tokenizer, text, cfg)
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
@@ -1020,12 +1076,19 @@ def encode_pair(tokenizer, cfg, example):
         messages = example.get("messages") or [
             {"role": "user", "content": example["prompt"]},
             {"role": "assistant", "content": example["response"]}]
+        if not cfg.chat and cfg.family != "tiny":
+            raise ValueError("\"messages\" go through the chat template: leave out --no-chat")
         text = chat_text(tokenizer, cfg, messages[:-1], reply=True)
         whole = chat_text(tokenizer, cfg, messages, reply=False)
-        prompt, response = encode(tokenizer, text), encode(tokenizer, whole[len(text):])
+        if not whole.startswith(text):
+            raise ValueError(f"by the chat template a conversation does not start with its prompt, "
+                             f"which ends with {text[-30:]!r}: the answer cannot be told from it")
+        prompt = encode(tokenizer, text, cfg)
+        said = messages[-1]["content"].strip()  # a template adds to an empty answer, too
+        response = encode(tokenizer, whole[len(text):], cfg) if said else []
     else:
         prompt = encode_prompt(tokenizer, cfg, example["prompt"])
-        response = encode(tokenizer, example["response"])
+        response = encode(tokenizer, example["response"], cfg)
     if not prompt or not response:
         raise ValueError(f"the {'response' if prompt else 'prompt'} is empty")
     return prompt, response if response[-1] in cfg.stop_ids else [*response, cfg.eos_id]
@@ -1036,6 +1099,9 @@ def encode_pair(tokenizer, cfg, example):
 
 def cli(main):
     """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows' code pages lack most characters
+            stream.reconfigure(errors="replace")
     try:
         return main()
     except (ValueError, OSError) as e:

@@ -475,18 +475,18 @@ def build(backbone_config, settings):
 # --------------------------------------------------------------------------------------------------
 # 5. Checkpoints.
 
-def save(model, folder, backbone_name, print_of_backbone):
+def save(model, folder, backbone_name, print_of_backbone, chat=None):
     """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and
-    holds its fingerprint."""
+    holds its fingerprint, and whether prompts go through its chat template (None: as it says)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")
-    entries = dict(backbone=str(backbone_name), fingerprint=print_of_backbone,
+    entries = dict(backbone=str(backbone_name), fingerprint=print_of_backbone, chat=chat,
                    config=dataclasses.asdict(model.settings))
     write_json(folder / "metastate.json", entries)
 
 
-def load(folder, device=None, dtype=None):
+def load(folder, device=None, dtype=None, chat=None):
     """Returns the model, its backbone, and the backbone's name. ValueError if the backbone is not
     the one it was trained on, or if the files do not fit each other."""
     folder = Path(folder)
@@ -496,8 +496,9 @@ def load(folder, device=None, dtype=None):
         if not isinstance(entries, dict) or not isinstance(entries.get(key), kind):
             raise ValueError(f"{where}: the entry {key!r} is missing or is no {kind.__name__}")
     name = entries["backbone"]
+    chat = entries.get("chat") if chat is None else chat
     try:
-        backbone = load_backbone(name, device, dtype).requires_grad_(False)
+        backbone = load_backbone(name, device, dtype, chat).requires_grad_(False)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{e} (the backbone named in {where}; a relative path counts from "
                                 f"the current folder)") from None

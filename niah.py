@@ -568,6 +568,7 @@ class Evaluation:
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
     metric: str = option("recall", "exact: order and number count", choices=("recall", "exact"))
     out: str = option(None, "all rows (default: CHECKPOINT/niah, passes or closed_book.jsonl)")
+    chat: bool = option(None, "prompts go through the chat template (default: as trained)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
 
 
@@ -589,7 +590,7 @@ def main():
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out} cannot be written: it must be a file, in a folder that exists")
     # 2. The arms
-    backbone, tokenizer, arms = load_arms(how.checkpoint, how.device)
+    backbone, tokenizer, arms = load_arms(how.checkpoint, how.device, None, how.chat)
     arms = CLOSED_ARMS if how.closed_book else arms
     unknown = ", ".join(arm for arm in how.arms or () if arm not in arms)
     if unknown:

@@ -27,7 +27,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -327,7 +326,7 @@ def cut(ids, config):
 # --------------------------------------------------------------------------------------------------
 # Command line. Everything above takes any memory; from here on it is one of the two.
 
-def load_arms(checkpoint, device=None, dtype=None):
+def load_arms(checkpoint, device=None, dtype=None, chat=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which it can be run.
 
     Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt). A MetaState
@@ -336,10 +335,10 @@ def load_arms(checkpoint, device=None, dtype=None):
     plain model, then the memory."""
     path = Path(checkpoint)
     if not (path / "metastate.json").exists():
-        backbone = load_backbone(checkpoint, device, dtype)
+        backbone = load_backbone(checkpoint, device, dtype, chat)
         arms = {"off": no_memory, "on": memdlm.prompt_memory(inner_loop_settings(path))}
         return backbone, load_tokenizer(checkpoint), arms
-    meta, backbone, base = metastate.load(path, device, dtype)
+    meta, backbone, base = metastate.load(path, device, dtype, chat)
     arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
     if meta.settings.memory == "slots":
         reset = metastate.Reset(backbone.cfg, meta.settings).to(backbone.device)
@@ -363,8 +362,8 @@ def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
     """Texts -> the phi in which they are written (on top of phi, if given), ids, attend (B, L).
 
     cover: a list of texts whose tokens are no targets, one for each row."""
-    ids, attend = left_pad([encode(tokenizer, text) for text in texts], backbone.cfg.pad_id,
-                           backbone.device)
+    ids, attend = left_pad([encode(tokenizer, text, backbone.cfg) for text in texts],
+                           backbone.cfg.pad_id, backbone.device)
     options = {}
     if cover:
         hidden, _ = left_pad([encode(tokenizer, text) for text in cover], backbone.cfg.pad_id,
@@ -396,6 +395,9 @@ def peak_memory():
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if os.name == "nt":
+        return math.nan
+    import resource                                         # there is none on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -577,7 +579,7 @@ def arguments():
         "the memory)")
     add_flags(parser, Decoding)
     add("--chat", action=argparse.BooleanOptionalAction,
-        help="chat template (default: on for Instruct models)")
+        help="prompts go through the chat template (default: as trained)")
     add("--closed_book", action="store_true",
         help="write each prompt up to its question (the last line, or the last \"?\" and what "
         "follows) into fast weights, hide it, and ask the question")
@@ -608,15 +610,13 @@ def main():
     if not args.checkpoint or not (args.prompt or args.explain):
         parser.error("--checkpoint and --prompt are needed")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype)
+    backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype, args.chat)
     hidden = None
     if args.closed_book and args.prompt:
         args.prompt, arms, hidden = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
     how = how.filled(backbone.cfg)
     if args.explain:
         return print(how.explain())
-    if args.chat is not None:
-        backbone.cfg.chat = args.chat
     if args.arm and args.arm not in arms:
         raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {args.arm}")
     prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt]

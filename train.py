@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import time
 import zipfile
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ import metastate
 import niah
 from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags, cli,
                       config_from_json, corrupt, default_device, encode, encode_pair, find_folder,
-                      given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
-                      read_lines, sample_t, save_adapter, save_backbone, write_atomically,
-                      write_json)
+                      given_flags, json_checksum, load_backbone, load_tokenizer, masked_loss,
+                      option, read_json, read_lines, sample_t, save_adapter, save_backbone,
+                      write_atomically, write_json)
 from memdlm import ClosedBook, MemDLMConfig
 from metastate import MetaStateConfig
 from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, peak_memory, ranks,
@@ -71,6 +72,8 @@ class TrainConfig:
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     context: int = option(64, "niah: longest training text, in tokens (closed book: a quarter of "
                           "it)", low=0)
+    chat: bool = option(None, "prompts go through the chat template (default: if messages do, or "
+                        "if the backbone's name or files say so)")
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
     lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights are trained", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
@@ -236,10 +239,13 @@ def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
     """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
     longer than max_len are left out and counted."""
     def read(raw, size):
+        if isinstance(raw, dict):
+            raw = {key: value for key, value in raw.items() if value is not None}
         if not is_example(raw):
             raise ValueError("expected {\"prompt\": text, \"response\": text}, or "
                              "{\"messages\": [...]} with at least two {\"role\", \"content\"}, of "
-                             "which the last message is the assistant's")
+                             "which the last message is the assistant's, and nothing that would be "
+                             f"dropped ({', '.join(DROPPED)})")
         # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
         if size <= 100 * max_len:
             example = encode_example(raw, tokenizer, model_cfg, closed)
@@ -255,6 +261,10 @@ def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
     return examples
 
 
+# of other formats: they say something that would be dropped here
+DROPPED = ("tool_calls", "function_call", "tools", "reasoning_content", "weight", "train")
+
+
 def is_example(raw):
     """Is the JSON of a line {"prompt", "response"} or {"messages"}, all of it text?"""
     if not isinstance(raw, dict) or not isinstance(raw.get("context", ""), str):
@@ -264,6 +274,7 @@ def is_example(raw):
     turns = raw.get("messages", pair)
     return (isinstance(turns, list) and len(turns) > 1
             and all(isinstance(turn, dict) and isinstance(turn.get("content"), str)
+                    and all(turn.get(k, raw.get(k)) in (None, 1, "", []) for k in DROPPED)
                     and turn.get("role") in ("system", "user", "assistant") for turn in turns)
             and turns[-1]["role"] == "assistant")
 
@@ -277,7 +288,7 @@ def encode_example(raw, tokenizer, model_cfg, closed):
         if "messages" in raw:
             raise ValueError("messages with a \"context\" are for the closed book only")
         raw = dict(raw, prompt=f"{context} {raw['prompt']}")
-    hidden = encode(tokenizer, context) if closed else []
+    hidden = encode(tokenizer, context, model_cfg) if closed else []
     return Example(hidden, *encode_pair(tokenizer, model_cfg, raw))
 
 
@@ -373,7 +384,10 @@ class Run:
             self.backbone = Backbone(BackboneConfig(conv_residual=self.closed)).init_weights()
             self.backbone.to(self.device, dtype)
         else:
-            self.backbone = load_backbone(source, self.device, dtype)
+            self.backbone = load_backbone(source, self.device, dtype, cfg.chat)
+        if self.backbone.dtype != torch.float32 and not cfg.lora and cfg.method != "metastate":
+            raise ValueError(f"--lora 0 trains the weights themselves, and in {self.backbone.dtype}"
+                             f" most steps are too small to change one: add --dtype float32")
         self.examples = self.held_examples = None
         if cfg.data != "niah":
             model_cfg = self.backbone.cfg
@@ -394,6 +408,8 @@ class Run:
         self.exact_step = self.inner.exact_from * cfg.steps
         self.first_step = 0
         self.seconds = 0.0
+        self.fingerprint = metastate.fingerprint(self.backbone)         # before layers are split
+        self.content = json_checksum(self.examples)
         self.add_memory()
         self.make_optimizer()
 
@@ -417,7 +433,6 @@ class Run:
             # the second pass over a canvas is the first that can use the slots
             self.watched, self.passes = metastate.ARMS[self.meta_cfg.memory], 2
             self.arms = {"frozen": no_memory, self.watched: self.meta.memory()}
-            self.fingerprint = metastate.fingerprint(self.backbone)     # before layers are split
 
     def make_optimizer(self):
         """Choose what is trained: all weights, the LoRA (added here unless the adapter is an old
@@ -621,7 +636,8 @@ class Run:
                      optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict())
         write_atomically(self.out / "resume.pt", lambda path: torch.save(state, path))
         if self.meta is not None:
-            metastate.save(self.meta, self.out, self.cfg.source, self.fingerprint)
+            metastate.save(self.meta, self.out, self.cfg.source, self.fingerprint,
+                           self.backbone.cfg.chat)
             return
         if self.cfg.lora:
             save_adapter(self.backbone, self.out, self.base or self.cfg.source)
@@ -633,10 +649,11 @@ class Run:
     def settings(self):
         """What must be the same for a resumed run to be the same run."""
         free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every",
-                "checkpointing")
+                "checkpointing", "backbone", "init", "data")    # the last three by their contents
         fixed = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
         slots = dataclasses.asdict(self.meta.settings) if self.meta else {}
-        return {**fixed, **dataclasses.asdict(self.inner), **slots, "world": self.world}
+        return {**fixed, **dataclasses.asdict(self.inner), **slots, "world": self.world,
+                "the backbone": self.fingerprint, "the data": self.content}
 
     def resume(self):
         """Go on from resume.pt, from the start if there is none yet. The log is cut there: it has
@@ -646,8 +663,8 @@ class Run:
         if path.exists():
             state = read_state(path)
             saved = state["settings"]
-            changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in self.settings().items()
-                       if saved.get(k) != v]
+            changed = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in self.settings().items()
+                       if saved.get(k, v) != v]                 # older files lack some
             if changed:
                 raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
             with torch.no_grad():
@@ -739,6 +756,9 @@ def check_flags(cfg):
         raise ValueError("--resume goes on with the run in --out, --overwrite deletes it: not both")
     if cfg.data != "niah" and not Path(cfg.data).is_file():
         raise ValueError(f"--data {cfg.data}: no such file (niah, or a JSONL file)")
+    if cfg.data != "niah" and cfg.chat is None:
+        with open(cfg.data, "rb") as f:  # messages teach the template: the checkpoint remembers it
+            cfg.chat = any(re.search(rb'"messages"\s*:\s*\[', line) for line in f) or None
     if cfg.epochs and cfg.data == "niah":
         raise ValueError("--epochs needs --data FILE; niah texts never repeat: use --steps")
     if cfg.method == "metastate" and cfg.lora:
