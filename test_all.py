@@ -336,6 +336,19 @@ def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
     torch.testing.assert_close(together, model(row)[0], atol=1e-5, rtol=1e-4)
 
 
+def test_llada_in_bf16_rotates_in_fp32_and_dream_does_not():
+    """RoPE is a multiplication of complex numbers, one rounding after it."""
+    x = torch.randn(1, 2, 50, 16).bfloat16()                                        # (B, H, L, d)
+    ctx = random_backbone().context(torch.zeros(1, 50))
+    turn = torch.complex(ctx.cos.double(), ctx.sin.double())[..., :8]
+    turned = torch.complex(*x.double().chunk(2, -1)) * turn
+    exact = torch.cat([turned.real, turned.imag], -1).bfloat16()
+    llada, dream = ((bb.rotate(x, ctx.cos, ctx.sin, fp32) != exact).float().mean()
+                    for fp32 in (True, False))
+    assert llada < 0.001 and dream > 0.1
+    assert [bb.config_from_json(CONFIGS[f]).rope_fp32 for f in CONFIGS] == [True, False, False]
+
+
 def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, batch):
     assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
 
@@ -1299,10 +1312,24 @@ class Eager:
     def memory(self, backbone, xt, attend, start):
         def predict(xt, t, state, at):
             self.calls += 1
-            logits = backbone(xt, attend, at)                                       # (N, V)
+            logits = backbone(xt, attend, at) - 100                                 # (N, V)
             logits[:, backbone.cfg.eos_id] = logits.max() + 1
             return logits, state
         return predict, None
+
+
+def test_a_memory_is_told_the_answers_mask_ratio_and_guidances_copy_gets_no_state(model):
+    """Three tokens, one a step; the state counts the calls that carry it on."""
+    seen = []
+
+    def memory(backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            seen.append((round(3 * t.item()), state))
+            return backbone(xt, attend, at), (state or 0) + 1
+        return predict, 10
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=3, memory=memory, cfg=0.5,
+                    eos="forbid")
+    assert seen == [(3, 10), (3, None), (2, 11), (2, None), (1, 12), (1, None)]
 
 
 @pytest.mark.parametrize("policy, share", [("allow", 1.0), ("forbid", 0.0)])
@@ -1936,6 +1963,38 @@ def test_complementary_masks_cover_every_token_once_and_leave_its_neighbours_in_
         assert not (masks[..., distance:] & masks[..., :-distance]).any()
 
 
+def test_a_prompt_is_written_from_the_noisier_of_two_nested_states_to_the_anchor(
+        model, monkeypatch):
+    noisier, anchor = recorded_masks(model, torch.randint(3, 40, (2, 20)), MEM, monkeypatch)
+    assert anchor.sum(1).tolist() == [4, 4]                 # a fifth
+    assert noisier.sum(1).tolist() == [6, 6]                # s_pre times as many
+    assert (noisier | ~anchor).all()
+
+
+@pytest.mark.parametrize("inner", [dataclasses.replace(MEM, prompt_ratio=1.0),
+                                   dataclasses.replace(CLOSED, chunk=0)])
+def test_a_mask_token_in_a_prompt_is_never_a_target(model, inner, monkeypatch):
+    ids = torch.randint(3, 40, (2, 21))
+    ids[:, ::4] = model.cfg.mask_id
+    masks = recorded_masks(model, ids, inner, monkeypatch)
+    assert masks and not any(m[:, ::4].any() for m in masks)
+
+
+@pytest.mark.parametrize("length", [3, 12])
+def test_the_closed_book_sums_over_tokens_so_a_fact_is_as_strong_in_a_longer_text(model, length):
+    """One mask over all tokens is one step: phi = phi_0 - eta * gradient of the summed CE."""
+    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
+    ids = torch.randint(3, 40, (1, length))
+    every = torch.ones_like(ids, dtype=torch.bool)
+    phi = memdlm.init_phi(model, memdlm.row_seeds(ids, every, 0), inner)
+    for w in phi.values():
+        w.B.requires_grad_()
+    logits = model(torch.full_like(ids, model.cfg.mask_id), phi=phi)
+    F.cross_entropy(logits[0], ids[0], reduction="sum").backward()
+    for name, w in memdlm.write_text(model, ids, every, inner).items():
+        torch.testing.assert_close(w.B, -inner.inner_lr * phi[name].B.grad, atol=1e-5, rtol=1e-3)
+
+
 def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded_batch(
         model, batch):
     together = adapted(model, batch, CLOSED)
@@ -2013,6 +2072,27 @@ def test_updater_equals_torch_grucell(meta):
     cell.load_state_dict({"weight_ih": ours.x.weight, "bias_ih": ours.x.bias,
                           "weight_hh": ours.s.weight, "bias_hh": ours.s.bias})
     torch.testing.assert_close(ours.gates(read, slots), cell(read, slots))
+
+
+def test_the_attention_of_slots_equals_torchs(batch):
+    q, k, v = torch.randn(4, 3, 16), torch.randn(4, 14, 16), torch.randn(4, 14, 16)
+    heads = [x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*heads, attn_mask=batch.attend[:, None, None])
+    ours, weights = metastate.attention(q, k, v, 2, batch.attend)
+    torch.testing.assert_close(ours, expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2, 3))
+
+
+def test_the_time_reaches_the_logits_of_a_trained_metastate_and_no_norm_of_an_untrained_one(
+        model, batch):
+    meta = trained_meta(model)
+    ctx = model.context(batch.x0)
+    late, early = (meta.step(model, ctx, batch.x0, torch.full((4,), t), None, ~batch.given, 8)[0]
+                   for t in (0.5, 1.0))
+    assert not torch.allclose(late, early, atol=1e-3)
+    x = torch.randn(4, 3, 16)
+    torch.testing.assert_close(metastate.AdaRMSNorm(16, 8)(x, torch.randn(4, 8)),
+                               torch.nn.RMSNorm(16, eps=1e-5)(x))
 
 
 @pytest.mark.parametrize("memory, persists", [
@@ -2221,6 +2301,22 @@ def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoin
     assert list(arms) == ["frozen", "metastate", "reset", "both"]
 
 
+def test_the_reset_arm_has_the_trained_weights_and_both_has_fast_weights_too(
+        tmp_path, meta_checkpoint):
+    """At the first step slots are s_0 in every arm."""
+    model, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
+    xt = torch.randint(3, 40, (2, 14))
+    at = torch.arange(14).expand(2, -1) > 8
+    logits = {}
+    for arm, memory in arms.items():
+        predict, state = memory(model, xt, None, 9)
+        with torch.no_grad():
+            logits[arm], _ = predict(xt, torch.ones(2), state, at)
+    assert torch.equal(logits["reset"], logits["metastate"])
+    for arm in ("frozen", "both"):
+        assert not torch.allclose(logits[arm], logits["metastate"], atol=1e-4)
+
+
 def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
     bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
     with pytest.raises(ValueError, match="another backbone"):
@@ -2334,6 +2430,16 @@ def test_pairs_of_the_evaluation_never_occur_in_training():
     assert len(trained) > 1000
     assert len(held_out) > 300
     assert not trained & held_out
+
+
+def test_all_evaluations_ask_about_pairs_that_are_held_out():
+    model = load_backbone("tiny", "cpu")
+    arguments = (model, load_tokenizer("tiny"), {"off": sample.no_memory}, ["multikey"])
+    rows = niah.evaluate(*arguments, [16], 20, 0) + niah.recompute(*arguments, 16, 20, 0, 1)
+    rows += niah.closed_book(*arguments[:2], CLOSED, ["none"], [4], [0], 20, 0)
+    assert len(rows) == 60
+    for row in rows:
+        assert all(niah.for_evaluation(*pair) for pair in pairs_in(row["prompt"]))
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
@@ -2497,6 +2603,12 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
         assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
         torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
         assert not torch.equal(phi["uncovered"][name].B, w.B)
+    # one step from B = 0, then: the same the other way round
+    once = dataclasses.replace(CLOSED, masks=1, chunk=0)
+    blind, flipped = (niah.phi_of_arm(model, tokenizer, samples, arm, once)
+                      for arm in ("blind", "flipped"))
+    assert all(torch.equal(flipped[name].B, -w.B) for name, w in blind.items())
+    assert any(w.B.any() for w in blind.values())
 
 
 def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
@@ -2642,6 +2754,76 @@ def test_exact_from_turns_the_papers_own_training_exact_too(here):
     exact, first_order = (log_of(str(start))[0] for start in (0, 1))
     assert exact["loss"] == first_order["loss"]
     assert exact["grad_norm"] != first_order["grad_norm"]
+
+
+@EVERY_METHOD
+def test_the_outer_gradient_is_clipped_to_norm_1(here, method, monkeypatch):
+    """As AdamW sees it, after it was made a million times as large."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    joined = train.Run.sum_over_ranks
+    norms = []
+
+    def enlarged(self, loss):
+        for p in self.trained:
+            p.grad.mul_(1e6)
+        return joined(self, loss)
+
+    def look(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+    monkeypatch.setattr(train.Run, "sum_over_ranks", enlarged)
+    hook = register_optimizer_step_pre_hook(look)
+    run_train(*method, "--steps", 1, "--unroll", 2, "--out", "run")
+    hook.remove()
+    assert norms == pytest.approx([1.0] * len(norms), rel=1e-3)
+    assert norms
+
+
+def test_with_lora_nothing_but_the_adapter_is_trained(here):
+    run_train(*MDLM, "--steps", 1, "--lora", 2, "--out", "run")
+    trained = train.read_state("run/resume.pt")["trained"]
+    assert trained and all(2 in p.shape for p in trained)
+
+
+def recorded_run(monkeypatch, *argv):
+    """Trains; returns the run and the batch of each of its steps."""
+    batches = {}
+    make = train.Run.batch
+
+    def spy(self, step):
+        batch, n_maskable = make(self, step)
+        batches.setdefault(self, []).append(batch)
+        return batch, n_maskable
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "batch", spy)
+        run_train(*argv)
+    return list(batches.items())[-1]
+
+
+def test_matrices_are_decayed_and_norms_and_gains_are_not(here, monkeypatch):
+    run, _ = recorded_run(monkeypatch, *MDLM, "--steps", 1, "--weight_decay", 0.25)
+    decays = {(p.ndim > 1, group["weight_decay"]) for group in run.optimizer.param_groups
+              for p in group["params"]}
+    assert decays == {(True, 0.25), (False, 0.0)}
+
+
+def test_every_step_has_its_own_noise_and_no_held_out_row(here, monkeypatch):
+    write_data("data.jsonl", 40)
+    run, (first, second) = recorded_run(monkeypatch, *MDLM, "--steps", 2, "--data", "data.jsonl")
+    assert not torch.equal(first.t, second.t)
+    assert len(run.examples) == 36 and len(run.held_examples) == 4
+    assert not any(row in run.examples for row in run.held_examples)
+
+
+def test_the_closed_book_is_hidden_from_the_canvas_and_exact_in_its_last_steps(here, monkeypatch):
+    exact = []
+    loss = memdlm.loss_closed_book
+    monkeypatch.setattr(memdlm, "loss_closed_book", lambda *inputs:
+                        exact.append(inputs[-1]) or loss(*inputs))
+    _, batches = recorded_run(monkeypatch, *CLOSED_BOOK, "--steps", 4, "--exact_from", 0.5,
+                              "--plain_share", 0, "--full_share", 0, "--window", 1)
+    assert exact == [False, False, True, True]
+    assert all(b.text.any() and not (b.text & b.attend).any() for b in batches)
 
 
 def run_train_in_processes(number, *argv):
