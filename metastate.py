@@ -1,12 +1,9 @@
 """MetaState: memory in activations. A fixed-size bank of slots persists across the denoising steps
 of a frozen backbone.
 
-Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, and what a later paper ("On
-Trajectory-Aware Training for Masked Diffusion LMs", 2026, appendices F and G) says of its loss; its
-body, its hyper-parameters and its code could NOT be read. Published, by these sources: the frozen
-backbone, Mixer, Updater and Injector and what each of them does, a shared time conditioner, K-step
-unrolling with K = 4, its loss and its trajectories (loss_unrolled, draw_reveals). Everything else
-is our decision, to be checked against the PDF.
+Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, its body and code could NOT be.
+What is known of them second-hand comes from a later paper ("On Trajectory-Aware Training for Masked
+Diffusion LMs", 2026, appendices F and G) and a design note of another memory. Check the PDF.
 Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it
 had worked out is computed again (the "Information Island"). MetaState lets every step read what the
 last one wrote: the Injector adds the slots to the activations, the backbone runs, the Mixer reads
@@ -15,23 +12,27 @@ of reasoning more with every step (task `resolve`; README).
 Equations: s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; the unrolled loss -> loss_unrolled
 Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width,
         N chosen positions, H heads, K denoising steps
-Decided here (measured effects are in the README):
-- Order in a step: inject s_{k-1}, run the backbone, read, update. The first step injects a learned
-  s_0.
-- Where: inject before `inject_layers`, read after `read_layer`. Layers below the first injection
-  never get a gradient.
+Published (abstracts):
+- a frozen backbone; slots of a fixed size, whatever the length; Mixer, Updater, Injector and what
+  each does; a time conditioner shared by all; K-step unrolling; 0.6 % trainable parameters.
+Second-hand:
+- K = 4, the loss, K steps that partition the trajectory, random reveals: loss_unrolled,
+  draw_reveals;
+- slots with learned identities, a GRU as Updater, AdaRMSNorm from the one conditioner, queries of
+  the tokens that know their position; detaching the slots between steps hurts (control `Detached`).
+Ours:
+- Order in a step: inject s_{k-1}, run the backbone, read, update; s_0 is learned.
+- Places: inject before `inject_layers` (real models: the middle one), read after `read_layer`, the
+  last. Later, too few layers are left to use what comes in.
 - The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone,
   bit for bit.
-- Positions: a sinusoidal code of the offset from the start of the answer is added to the Mixer's
-  keys and the Injector's queries; each slot has a learned place to read at and one to write at, at
-  first spread over prompt and answer. At the embedding all masks look the same, so without a code
-  nothing is learned; with places on the answer alone hardly anything either: what a second pass
-  needs is what the first one worked out about the prompt. The price: slots reach hardly farther
-  than the texts that they were trained on (one seed; README, finding 2).
-- Time: one conditioner c(t), t = the actual mask ratio of the answer, scales and shifts the norms
-  of all modules.
-- lambda = 0.5, the concentration of the Dirichlet, and a curriculum (draw_reveals), without which
-  one seed of three learns nothing. The tiny model has K = 5: its longest questions need as many.
+- Positions: a sinusoidal code of the offset from the start of the answer, on the Mixer's keys and
+  the Injector's queries; each slot has a learned place to read at and one to write at. At the
+  embedding all masks look the same, so without it nothing is learned; with it, slots reach hardly
+  farther than the texts they were trained on.
+- Time: t is the actual mask ratio of the answer.
+- lambda = 0.5, the concentration of the Dirichlet; on the tiny model K = 5, for questions of four
+  hops, and a curriculum (draw_reveals), without which one seed of three learns nothing.
 Controls: subclasses at the end of the file.
 Run: python train.py --method metastate
 """
@@ -201,7 +202,7 @@ class Updater(nn.Module):
         # z = 0.27: at first a slot keeps mostly what was just read
         nn.init.constant_(self.x.bias[S:2 * S], -1.0)
 
-    def gates(self, read, slots):                                           # (B, M, S) twice
+    def cell(self, read, slots):                                            # (B, M, S) twice
         x_r, x_z, x_n = self.x(read).chunk(3, -1)
         s_r, s_z, s_n = self.s(slots).chunk(3, -1)
         # r = sigma(W_r x + U_r s)
@@ -214,7 +215,7 @@ class Updater(nn.Module):
         return (1 - z) * n + z * slots
 
     def forward(self, read, slots, c):                          # (B, M, S), (B, M, S), (B, C)
-        return self.gates(self.norm_read(read, c), slots)
+        return self.cell(self.norm_read(read, c), slots)
 
 
 class Injector(nn.Module):
@@ -250,9 +251,9 @@ class MetaState(nn.Module):
         self.settings = settings
         self.inject_layers, self.read_layer = settings.check(backbone_config.n_layers)
         self.time = TimeConditioner(settings.cond_dim)
-        self.build(backbone_config.d_model, settings)
+        self.add_modules(backbone_config.d_model, settings)
 
-    def build(self, D, settings):
+    def add_modules(self, D, settings):
         M = settings.num_slots
         self.s0 = nn.Parameter(0.02 * torch.randn(M, settings.slot_dim))
         # at the start the places are spread evenly over the last `span` tokens of the prompt and
@@ -283,20 +284,21 @@ class MetaState(nn.Module):
         offset = torch.arange(xt.shape[1], device=xt.device)[None] - start
         place = self.place_code(offset)                                     # (1, L, S)
         slots = self.carry(slots, len(xt))
+        done = self.inject_layers[0]
         # below the first injection nothing depends on the slots: no gradient needed
         with torch.no_grad():
-            h = backbone.run(backbone.embed(xt), ctx, 0, self.inject_layers[0], phi)
-        old = slots
-        for i in range(self.inject_layers[0], backbone.cfg.n_layers + 1):
-            if i in self.inject_layers:
-                injector = self.injectors[self.inject_layers.index(i)]
-                h = self.inject(injector, h, old, c, place, ctx.attend)
-            if i == self.read_layer + 1:
-                slots, weights = self.read(h, old, c, place, ctx.attend)
-            if i < backbone.cfg.n_layers:
-                # a frozen layer: gradients pass through it to the Injector, its weights get none
-                h = backbone.run(h, ctx, i, i + 1, phi)
-        return backbone.head(h, ctx, at), slots, weights
+            h = backbone.run(backbone.embed(xt), ctx, 0, done, phi)
+        injectors = dict(zip(self.inject_layers, self.injectors))
+        for stop in sorted({*injectors, self.read_layer + 1}):
+            # frozen layers: gradients pass through to the Injector, their weights get none
+            h = backbone.run(h, ctx, done, stop, phi)
+            if stop in injectors:
+                h = self.inject(injectors[stop], h, slots, c, place, ctx.attend)
+            if stop == self.read_layer + 1:
+                new_slots, weights = self.read(h, slots, c, place, ctx.attend)
+            done = stop
+        h = backbone.run(h, ctx, done, phi=phi)
+        return backbone.head(h, ctx, at), new_slots, weights
 
     def carry(self, slots, batch):
         """What the step starts from: the slots of the last one, s_0 at the first."""
@@ -377,8 +379,8 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
         # 2. The tokens that it reveals
         revealed = smallest(u.masked_fill(~masked, 2.0), n_k)               # (B, L)
         # 3. L_k = w_k [lambda dense_k + (1 - lambda) reveal_k],  w_k = n_k / N_m
-        #    dense_k: mean CE over the masked tokens;  reveal_k: mean CE over the revealed ones
-        #    As weights of tokens; the n_k in the mean of reveal_k cancels that of w_k
+        #    dense_k  = sum over masked of CE / count:  a token weighs lambda w_k / count
+        #    reveal_k = sum over revealed of CE / n_k:  (1 - lambda) w_k / n_k = (1 - lambda) / N_m
         w_dense = (balance * n_k / N_m / count.clamp(min=1))[:, None]       # (B, 1)
         w_reveal = (1 - balance) * revealed / N_m[:, None]                  # (B, L)
         ce = F.cross_entropy(logits.float(), x0[at], reduction="none")      # (N,)
@@ -390,13 +392,13 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
 # --------------------------------------------------------------------------------------------------
 # 4. Controls: what is taken away, or given without limit.
 
-class Reset(MetaState):
+class Wiped(MetaState):
     """No persistence: a trained MetaState whose slots are put back to s_0 at every step."""
     def carry(self, slots, batch):
         return super().carry(None, batch)
 
 
-class LiveReset(Reset):
+class Reset(Wiped):
     """The same as a control to train. So that Mixer and Updater have work to do and get a gradient,
     they first fill the slots from the activations at the injection."""
     def inject(self, injector, h, slots, c, place, visible):
@@ -413,7 +415,7 @@ class Detached(MetaState):
 class Feedback(MetaState):
     """No bottleneck: `slots` are all activations of the previous step (B, L, D), through an MLP, as
     in Loopholing (arXiv 2510.19304)."""
-    def build(self, D, settings):
+    def add_modules(self, D, settings):
         self.injectors = nn.ModuleList(FeedbackMLP(D, settings) for _ in self.inject_layers)
 
     def carry(self, slots, batch):
@@ -442,7 +444,7 @@ class FeedbackMLP(nn.Module):
 class LogitFeedback(Feedback):
     """Beliefs about the answer and nothing else: the expected embedding of the last prediction is
     added where a mask was (soft masking, arXiv 2510.17206). Two numbers are trained."""
-    def build(self, D, settings):
+    def add_modules(self, D, settings):
         self.gain = nn.Parameter(torch.zeros(()))
         self.sharpness = nn.Parameter(torch.ones(()))
         # no conditioner, no modules: `slots` are expected embeddings (B, L, D), added as they are
@@ -462,7 +464,7 @@ class LogitFeedback(Feedback):
 
 
 # settings.memory -> the class, and the arm's name in tables
-KINDS = {"slots": MetaState, "reset": LiveReset, "detached": Detached, "feedback": Feedback,
+KINDS = {"slots": MetaState, "reset": Reset, "detached": Detached, "feedback": Feedback,
          "logits": LogitFeedback}
 ARMS = {**{name: name for name in KINDS}, "slots": "metastate"}
 

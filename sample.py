@@ -330,7 +330,7 @@ def load_arms(checkpoint, device=None, dtype=None, chat=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which it can be run.
 
     Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt). A MetaState
-    checkpoint: "frozen" (its backbone alone), "metastate", "reset" (its slots put back at every
+    checkpoint: "frozen" (its backbone alone), "metastate", "wiped" (its slots put back at every
     step) and "both" (fast weights under it); a control: "frozen" and its own name. First comes the
     plain model, then the memory."""
     path = Path(checkpoint)
@@ -341,9 +341,9 @@ def load_arms(checkpoint, device=None, dtype=None, chat=None):
     meta, backbone, base = metastate.load(path, device, dtype, chat)
     arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
     if meta.settings.memory == "slots":
-        reset = metastate.Reset(backbone.cfg, meta.settings).to(backbone.device)
-        reset.load_state_dict(meta.state_dict())
-        arms["reset"] = reset.memory()
+        wiped = metastate.Wiped(backbone.cfg, meta.settings).to(backbone.device)
+        wiped.load_state_dict(meta.state_dict())
+        arms["wiped"] = wiped.memory()
         arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
     return backbone, load_tokenizer(base), arms
 
@@ -575,7 +575,7 @@ def arguments():
     add("--checkpoint", help="a folder written by train.py, a hub name "
         "(GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
     add("--prompt", nargs="+", help="one or more prompts, decoded as one batch")
-    add("--arm", help="off | on; frozen | metastate | reset | both (default: the plain model, then "
+    add("--arm", help="off | on; frozen | metastate | wiped | both (default: the plain model, then "
         "the memory)")
     add_flags(parser, Decoding)
     add("--chat", action=argparse.BooleanOptionalAction,

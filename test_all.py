@@ -2071,7 +2071,7 @@ def test_updater_equals_torch_grucell(meta):
     cell = torch.nn.GRUCell(16, 16)
     cell.load_state_dict({"weight_ih": ours.x.weight, "bias_ih": ours.x.bias,
                           "weight_hh": ours.s.weight, "bias_hh": ours.s.bias})
-    torch.testing.assert_close(ours.gates(read, slots), cell(read, slots))
+    torch.testing.assert_close(ours.cell(read, slots), cell(read, slots))
 
 
 def test_the_attention_of_slots_equals_torchs(batch):
@@ -2140,12 +2140,12 @@ def test_every_module_of_metastate_gets_a_gradient(unrolled):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
 
 
-def test_the_reset_arm_is_the_trained_metastate_started_from_s_0_at_every_step(model, batch):
+def test_the_wiped_arm_is_the_trained_metastate_started_from_s_0_at_every_step(model, batch):
     meta = trained_meta(model)
-    reset = metastate.Reset(model.cfg, meta.settings)
-    reset.load_state_dict(meta.state_dict())
+    wiped = metastate.Wiped(model.cfg, meta.settings)
+    wiped.load_state_dict(meta.state_dict())
     expected, _ = two_steps(model, meta, batch)
-    assert all(torch.equal(logits, expected) for logits in two_steps(model, reset, batch))
+    assert all(torch.equal(logits, expected) for logits in two_steps(model, wiped, batch))
 
 
 def test_the_reset_control_has_as_many_live_parameters_as_metastate(model, batch):
@@ -2298,7 +2298,7 @@ def test_a_saved_metastate_loads_with_the_same_weights(tmp_path, meta_checkpoint
 
 def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoint):
     _, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
-    assert list(arms) == ["frozen", "metastate", "reset", "both"]
+    assert list(arms) == ["frozen", "metastate", "wiped", "both"]
 
 
 def test_the_reset_arm_has_the_trained_weights_and_both_has_fast_weights_too(
@@ -5048,7 +5048,7 @@ ASSIGNMENTS = {
         measure="how many times longer is a denoising step of the tiny backbone with slots than "
                 "without, at 64, 256 and 1,024 tokens? Why does the number fall?",
         outcome="1.51 ± 0.06, 1.36 ± 0.04, 1.08 ± 0.03 times, one row on one core",
-        remove={"metastate.py": ["Mixer.forward", "Updater.gates", "Updater.forward",
+        remove={"metastate.py": ["Mixer.forward", "Updater.cell", "Updater.forward",
                                  "Injector.forward", "MetaState.step"]},
         tests=["test_updater_equals_torch_grucell",
                "test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit",
