@@ -14,7 +14,6 @@ Read as: padding is never attended to, and positions count from the first real t
 the same logits alone and inside any padded batch.
 Left out: causal attention and KV caches (the canvas changes everywhere at every step), LLaDA2's
 block mask, dropout other than LoRA's.
-Run: python backbone.py --check GSAI-ML/LLaDA-8B-Instruct    (hub name or folder)
 """
 import argparse
 import dataclasses
@@ -794,9 +793,7 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
-    if raw.pop("crc32", None) not in (None, json_checksum(raw)):
-        raise ValueError(f"{path}: its checksum does not match: corrupted, or edited by hand (then "
-                         f"take out its entry crc32)")
+    raw.pop("crc32", None)  # of older versions
     return raw
 
 
@@ -823,14 +820,8 @@ def read_lines(path, read):
     return found
 
 
-def write_json(path, raw, checksum=True):
-    """checksum=False: for files that are meant to be edited; their values are validated instead."""
-    entries = {**raw, "crc32": json_checksum(raw)} if checksum else raw
-    write_atomically(path, lambda part: Path(part).write_text(json.dumps(entries, indent=1)))
-
-
-def json_checksum(raw):
-    return f"{zlib.crc32(json.dumps(raw, sort_keys=True).encode()):08x}"
+def write_json(path, raw):
+    write_atomically(path, lambda part: Path(part).write_text(json.dumps(raw, indent=1)))
 
 
 def write_atomically(path, write):
@@ -955,11 +946,11 @@ def save_adapter(model, folder, base):
                   r=first.lora_rank, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout,
                   bias="none", fan_in_fan_out=False, inference_mode=True,
                   target_modules="|".join(sorted(names)))
-    # PEFT warns of entries that it does not know. So instead of a checksum, alpha, the one number
-    # that could be wrong in silence, stands beside the weights a second time, and chat with it.
+    # PEFT warns of entries that it does not know. So alpha, the one number that could be wrong in
+    # silence, stands beside the weights a second time, and chat with it.
     numbers = dict(lora_alpha=str(first.lora_alpha), chat=str(model.cfg.chat))
     save_tensors(tensors, folder / "adapter_model.safetensors", **numbers)
-    write_json(folder / "adapter_config.json", config, checksum=False)
+    write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(model, folder):
@@ -1095,7 +1086,7 @@ def encode_pair(tokenizer, cfg, example):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Command line.
+# 10. Command lines.
 
 def cli(main):
     """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
@@ -1112,30 +1103,3 @@ def cli(main):
         bar.close()
     print(message, file=sys.stderr)
     sys.exit(code)
-
-
-# The question of LLaDA's official demo: 49 ids through its chat template.
-DEMO_QUESTION = ("Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 "
-                 "kilometers per hour. How many kilometers can she run in 8 hours?")
-
-
-def check():
-    parser = argparse.ArgumentParser(description="Load a checkpoint and show what it predicts.")
-    parser.add_argument("--check", metavar="REPO", required=True, help="hub name or folder")
-    parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
-    parser.add_argument("--prompt", default=DEMO_QUESTION, help="default: %(default)s")
-    args = parser.parse_args()
-    tokenizer, model = load_tokenizer(args.check), load_backbone(args.check, args.device)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{args.check}: {model.cfg.family}, {size:,} parameters, {model.dtype}, {model.device}")
-    ids = encode_prompt(tokenizer, model.cfg, args.prompt)
-    print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids))}")
-    xt = torch.tensor([ids + [model.cfg.mask_id]], device=model.device)
-    with torch.no_grad():
-        probs = model(xt, at=xt == model.cfg.mask_id)[-1].float().softmax(-1)
-    top = [f"{tokenizer.decode([i])!r} {probs[i]:.3f}" for i in probs.topk(5).indices.tolist()]
-    print("at one [MASK] after it:", ", ".join(top))
-
-
-if __name__ == "__main__":
-    cli(check)

@@ -7,8 +7,6 @@ By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
   python test_all.py --tables [NAME] [--seeds 0]      the README's tables: read from runs/, or run
   python test_all.py --bench                          times of both memories side by side, minutes
-  python test_all.py --rows FILES --against "mdlm off"    one table over training seeds
-  python test_all.py --probe CHECKPOINT               can resolve's answer be read from the slots?
   python test_all.py --slots CHECKPOINT               what happens when slots are exchanged or reset
   python test_all.py --exposure CHECKPOINT            exposure bias of every arm
   python test_all.py --card --family llada            times and memory of a real size on this card
@@ -1022,24 +1020,6 @@ def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
         if isinstance(module, bb.Linear):
             module.lora_dropout = 0.0
     assert torch.equal(model(ids), evaluated)
-
-
-def test_a_changed_byte_in_our_json_is_found_and_files_without_checksum_still_load(tmp_path):
-    bb.save_backbone(random_backbone(), tmp_path)
-    path = tmp_path / "config.json"
-    good = path.read_text()
-    path.write_text(good.replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
-    with pytest.raises(ValueError, match="checksum does not match"):
-        load_backbone(tmp_path, "cpu")
-    raw = json.loads(good)
-    del raw["crc32"]                            # as older versions wrote it
-    del raw["backbone"]["ffn_convs"]
-    del raw["backbone"]["extra_stop_ids"]
-    path.write_text(json.dumps(raw))
-    load_backbone(tmp_path, "cpu")
-    bb.write_json(tmp_path / "edit.json", {"a": 1}, checksum=False)
-    assert (tmp_path / "edit.json").read_text() == '{\n "a": 1\n}'
-    assert bb.read_json(tmp_path / "edit.json") == {"a": 1}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
@@ -2573,8 +2553,7 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
     niah.recompute(*arguments, 64, 1, 0, 2, gen_length=12)
     exposure(*arguments, 64, 1, 0, gen_length=12)
-    probe(model, tokenizer, memory, 64, 1, 0, 2, gen_length=12)
-    assert len(seen) >= 4
+    assert len(seen) >= 3
     for prompt, gen_length in seen:
         assert niah.INTRO in prompt and gen_length == 12
 
@@ -3004,10 +2983,7 @@ BAD_LINES = {
         (PROMPT, ["--gen_length", "--steps", "--block_length"], ["0", "-1", "x", "7.5"]),
         (PROMPT, ["--remasking", "--arm"], WORDS),
         (PROMPT, ["--top_p"], ["0.5"]),
-        ([*CHECKPOINT, "--closed_book"], ["--prompt"], ["river", "? river ="])],
-    bb: [
-        ([], ["--check"], WORDS),
-        (["--check", "taken"], ["--prompt"], WORDS)]}
+        ([*CHECKPOINT, "--closed_book"], ["--prompt"], ["river", "? river ="])]}
 
 
 @functools.cache
@@ -3033,7 +3009,7 @@ def main_of(module, argv):
     """A script's command line in this process: its exit code, as a shell would see it."""
     sys.argv = [f"{module.__name__}.py", *argv]
     try:
-        bb.cli(bb.check if module is bb else module.main)
+        bb.cli(module.main)
     except SystemExit as e:
         return e.code or 0
     return 0
@@ -3056,7 +3032,7 @@ def test_every_bad_command_line_ends_with_one_message_and_exit_code_2_and_touche
     assert contents("taken") == before
 
 
-@pytest.mark.parametrize("module, argv", [(niah, []), (sample, []), (sample, CHECKPOINT), (bb, [])])
+@pytest.mark.parametrize("module, argv", [(niah, []), (sample, []), (sample, CHECKPOINT)])
 def test_a_command_line_without_what_the_script_works_on_is_refused(taken, module, argv):
     assert main_of(module, argv) == 2
 
@@ -3207,32 +3183,6 @@ def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
     assert not Path("third").exists()
 
 
-def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(here):
-    run_train(*MDLM, "--steps", 1, "--out", "run")
-    Path("run/notes.txt").write_text("mine")
-    Path("run/sub").mkdir()
-    Path("run/sub/log.jsonl").write_text("mine too")
-    Path("run/memory.json.old").write_text("and mine")
-    run_train(*SLOTS, "--unroll", 2, "--steps", 1, "--out", "run", "--overwrite")
-    left = {f.name for f in Path("run").iterdir()}
-    assert left == {"notes.txt", "sub", "memory.json.old", ".lock", "log.jsonl", "resume.pt",
-                    "metastate.json", "metastate.safetensors"}
-    assert Path("run/sub/log.jsonl").read_text() == "mine too"
-    Path("notes.txt").write_text("mine")
-    Path("log.jsonl").write_text("")
-    run_train(*MDLM, "--steps", 1, "--out", ".", "--overwrite")
-    assert all(Path(kept).exists() for kept in ("notes.txt", "runs", "run/notes.txt"))
-
-
-def test_every_name_that_a_run_writes_is_on_the_list_that_overwrite_deletes(here):
-    run_train(*MDLM, "--steps", 1, "--out", "a")
-    run_train(*MDLM, "--lora", 2, "--steps", 1, "--out", "b")
-    run_train(*SLOTS, "--unroll", 2, "--steps", 1, "--n_eval", 1, "--out", "c")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--n_eval", 1, "--out", "d")
-    written = {f.name for folder in "abcd" for f in Path(folder).iterdir()}
-    assert written - {".lock"} <= set(train.WRITTEN)
-
-
 def test_the_output_folder_is_never_one_that_the_run_reads(here):
     run_train(*MDLM, "--lora", 2, "--steps", 1, "--out", "d")
     before = contents("d")
@@ -3242,13 +3192,12 @@ def test_the_output_folder_is_never_one_that_the_run_reads(here):
              (["--backbone", "d", "--out", "./d/"], reads),
              (["--init", "d", "--out", "d/new"], reads),
              (["--init", "d", "--out", "runs/pretrained-seed0"], reads),
-             (["--data", "d/data.jsonl", "--out", "d"], "lies in --out"),
-             (["--out", "d", "--resume"], "not both")]
+             (["--data", "d/data.jsonl", "--out", "d"], "lies in --out")]
     for argv, message in lines:
         with pytest.raises(ValueError, match=message):
-            run_train(*MDLM, "--steps", 1, *argv, "--overwrite")
+            run_train(*MDLM, "--steps", 1, *argv, "--resume")
     with pytest.raises(ValueError, match=reads):
-        run_train(*SLOTS, "--steps", 1, "--out", "runs/pretrained-seed0", "--overwrite")
+        run_train(*SLOTS, "--steps", 1, "--out", "runs/pretrained-seed0", "--resume")
     assert contents("d", but=["data.jsonl"]) == before
 
 
@@ -3258,7 +3207,6 @@ def test_a_resume_file_that_cannot_be_opened_is_not_called_corrupted(here):
     Path("run/resume.pt").mkdir()
     with pytest.raises(OSError, match="resume.pt cannot be opened") as caught:
         run_train(*MDLM, "--steps", 1, "--out", "run", "--resume")
-    assert "overwrite" not in str(caught.value)
     assert "corrupt" not in str(caught.value)
 
 
@@ -3276,7 +3224,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
     command = [sys.executable, "-c", HOLDS_THE_LOCK, str(HERE)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    for more in ([], ["--resume"], ["--overwrite"]):
+    for more in ([], ["--resume"]):
         with pytest.raises(ValueError, match="in use by another run"):
             run_train(*MDLM, "--steps", 1, "--out", "run", *more)
     assert [f.name for f in Path("run").iterdir()] == [".lock"]
@@ -3559,7 +3507,7 @@ REAL_NAMES = {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada",
 
 def write_small_checkpoints(folder, commands):
     """Tiny checkpoints of the right layout that know every word they will be asked for."""
-    texts = [niah.INTRO, bb.DEMO_QUESTION, *commands]
+    texts = [niah.INTRO, *commands]
     words = [word for text in texts for word in [*text.split(), *re.findall(r"[\w?']+", text)]]
     vocabulary = dict.fromkeys([*niah.vocabulary(), *words])
     sizes = dict(vocab_size=len(vocabulary), embedding_size=len(vocabulary), mask_token_id=1,
@@ -3571,12 +3519,11 @@ def write_small_checkpoints(folder, commands):
 
 
 SHORT = {"test_all.py": [],
-         "train.py": ["--steps", "1", "--n_eval", "1", "--overwrite", "--batch_size", "4",
+         "train.py": ["--steps", "1", "--n_eval", "1", "--batch_size", "4",
                       "--accumulate", "1", "--context", "32", "--max_len", "500",
                       "--device", "cpu"],
          "niah.py": ["--n", "2", "--device", "cpu"],
-         "sample.py": ["--device", "cpu"],
-         "backbone.py": ["--device", "cpu"]}
+         "sample.py": ["--device", "cpu"]}
 SMALL_SLOTS = ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"]
 
 
@@ -3590,7 +3537,7 @@ def shortened(command):
         while stop < len(argv) and not argv[stop].startswith("--"):
             stop += 1
         argv[start:stop] = ["64"]
-    if script == "test_all.py" and argv[0] in ("--probe", "--slots", "--exposure"):
+    if script == "test_all.py" and argv[0] in ("--slots", "--exposure"):
         argv += ["--n", "2"] + ["--passes", "2"] * (argv[0] == "--slots")
     # The shell would have expanded file patterns.
     files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
@@ -3608,11 +3555,13 @@ def test_every_command_of_the_readme_runs(here):
     write_data("train.jsonl", 12)
     write_small_checkpoints(here / "Org", commands)
     main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
-            "backbone.py": bb.check, "test_all.py": by_hand}
+            "test_all.py": by_hand}
     for command in commands:
         script, argv = shortened(command)
         if script == "test_all.py" and argv[0] in BY_THE_MINUTE:
             continue
+        if script == "train.py":                # which never writes over an earlier run
+            shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
         sys.argv = [script, *argv]
         main[script]()
 
@@ -4129,7 +4078,7 @@ def bench():
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. By hand: one table over training seeds. `python test_all.py --rows FILES`
+# 11. By hand: one table over training seeds
 
 def read_rows(files, metric, by, tasks):
     """{(task, line): {column: {(training seed, text): value}}}.
@@ -4233,21 +4182,6 @@ def table_over_seeds(files, metric, by, against=None, tasks=None):
     return "\n".join(lines[:1] + [line for _, line in sorted(lines[1:])])
 
 
-def rows_main(argv):
-    """`python test_all.py --rows FILES ...`"""
-    parser = argparse.ArgumentParser(description=rows_main.__doc__)
-    parser.add_argument("--rows", nargs="+", metavar="JSONL", required=True)
-    parser.add_argument("--against", metavar="LINE",
-                        help="differences to this line on the same texts, for example \"mdlm off\"")
-    parser.add_argument("--by", choices=["length", "steps"], default="length", help="the columns")
-    parser.add_argument("--metric", choices=["recall", "exact"], default="recall")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all in the files")
-    args = parser.parse_args(argv)
-    print(table_over_seeds(args.rows, args.metric, args.by, args.against, args.tasks))
-    print("± half the 95 % interval over texts and, with several, training seeds; "
-          "≈ the whole interval lies within one point of zero")
-
-
 def append_rows(path, rows):
     with open(path, "a") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -4289,15 +4223,14 @@ def width(line):
     return float(re.search(r"± *([\d.]+)", line)[1])
 
 
-def test_an_interval_covers_training_seeds_as_well_as_texts(tmp_path, capsys):
+def test_an_interval_covers_training_seeds_as_well_as_texts(tmp_path):
     """One seed of three loses 44 points: the others say that this is no property of the method."""
     for seed in range(3):
         lost = 44 if seed == 2 else 0
         saved_run(tmp_path / f"old-seed{seed}", [1] * 100)
         saved_run(tmp_path / f"new-seed{seed}", [0] * lost + [1] * (100 - lost))
     files = [str(f) for f in sorted(tmp_path.glob("*/niah.jsonl"))]
-    rows_main(["--rows", *files, "--against", "old off"])
-    new, old = capsys.readouterr().out.splitlines()[1:3]
+    new, old = table_over_seeds(files, "recall", "length", "old off").splitlines()[1:3]
     assert "-14.7" in new and width(new) > 15
     # equal on 100 texts is no proof of equality on the next
     assert "+0.0" in old and width(old) == pytest.approx(1.8, abs=0.1) and "≈" not in old
@@ -4316,7 +4249,7 @@ def test_one_seed_has_an_interval_over_texts_and_one_text_has_none(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. By hand: what a memory holds. `python test_all.py --probe | --slots | --exposure CHECKPOINT`
+# 12. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
 
 def measurement(argv, **defaults):
     """`--WHAT CHECKPOINT` and a flag for every default -> the values, and what load_arms gives."""
@@ -4336,41 +4269,6 @@ def measurement(argv, **defaults):
     if argv[0] != "--exposure" and "metastate" not in arms:
         raise ValueError(f"{args.checkpoint} has no slots: its arms are {', '.join(arms)}")
     return args, backbone, tokenizer, arms
-
-
-@torch.no_grad()
-def probe(backbone, tokenizer, memory, length, n, seed, passes, gen_length=None):
-    """What do the slots hold? A linear read-out of resolve's answer from the slots after each pass.
-
-    Ridge regression onto the values, fitted on 4 n texts, scored on n others. Returns rows {arm,
-    hops, steps, recall}, one a text and pass."""
-    gen_length = gen_length or niah.answer_budget(tokenizer)
-    samples, prompts = niah.encoded_samples(backbone, tokenizer, ["resolve"], length, 5 * n, seed,
-                                            gen_length)
-    values = torch.tensor([niah.VALUES.index(s.answer) for s in samples])
-    y = F.one_hot(values).double()
-    slots = []
-    for [some] in niah.batches(length, prompts):
-        steps = niah.repeat(backbone, memory, some, passes, gen_length)
-        # to the CPU first: Apple's MPS has no float64
-        slots.append(torch.stack([state[0].flatten(1).cpu().double() for _, state in steps]))
-    rows = []
-    for number, x in enumerate(torch.cat(slots, dim=1), 1):                     # (5 n, M S)
-        x = F.pad(x, (0, 1), value=1.0)
-        fit = x[n:]
-        w = torch.linalg.solve(fit.mT @ fit + torch.eye(x.shape[1]), fit.mT @ y[n:])
-        right = (x[:n] @ w).argmax(1) == values[:n]
-        rows += [dict(arm="probe", hops=s.hops, steps=number, recall=float(ok), chance=s.chance)
-                 for s, ok in zip(samples, right)]
-    return sorted(rows, key=lambda r: r["hops"])
-
-
-def probe_main(argv):
-    """Recall in % of the read-out, by hops and passes."""
-    args, backbone, tokenizer, arms = measurement(argv, length=64, n=100, seed=1, passes=6)
-    rows = probe(backbone, tokenizer, arms["metastate"], args.length, args.n, args.seed,
-                 args.passes)
-    print(niah.table(rows, by="steps", down=("arm", "hops"), short=True))
 
 
 # Whose slots a text of resolve gets. The answer of a twin is the other value of the same text.
@@ -4572,66 +4470,6 @@ def exposure_main(argv):
     args, *model = measurement(argv, tasks=list(niah.TASKS), length=64, n=100, seed=1,
                                gen_length=None)
     print(exposure(*model, args.tasks, args.length, args.n, args.seed, args.gen_length))
-
-
-def no_logits(at):
-    return torch.zeros(int(at.sum()), 139)                                          # (N, V)
-
-
-def telling(answers):
-    """A memory whose slots hold the next answer of each row."""
-    def memory(backbone, xt, attend, start):
-        told = torch.tensor([[int(next(answers).answer)] for _ in xt])              # (B, M)
-        slots = F.one_hot(told, 100).float()                                        # (B, M, S)
-
-        def predict(xt, t, state, at):
-            return no_logits(at), (slots, {}, None)
-        return predict, None
-    return memory
-
-
-def silent(backbone, xt, attend, start):
-    """A memory whose slots hold nothing."""
-    def predict(xt, t, state, at):
-        return no_logits(at), (torch.zeros(len(xt), 4, 8), {}, None)
-    return predict, None
-
-
-def probe_accuracy(memory):
-    model = load_backbone("tiny", "cpu")
-    rows = probe(model, load_tokenizer("tiny"), memory, 32, 40, 3, 2)
-    return sum(r["recall"] for r in rows) / len(rows)
-
-
-def test_the_probe_finds_what_is_in_the_slots():
-    answers = iter(niah.make_samples(["resolve"], 32, 200, 3, "eval"))
-    assert probe_accuracy(telling(answers)) > 0.9
-
-
-def test_the_probe_finds_nothing_in_empty_slots():
-    assert probe_accuracy(silent) < 0.2
-
-
-def test_the_probe_works_on_a_device_without_float64(monkeypatch):
-    """Apple's MPS: only on the CPU may a tensor become float64."""
-    model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
-
-    class OnDevice:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def flatten(self, first):
-            return OnDevice(self.tensor.flatten(first))
-
-        def cpu(self):
-            return self.tensor
-
-    def memory(backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            return no_logits(at), (OnDevice(torch.ones(len(xt), 2, 2)), {}, None)
-        return predict, None
-    assert len(probe(model, tokenizer, memory, 32, 4, 3, 2)) == 8
 
 
 def walker(remembers=True):
@@ -5273,11 +5111,8 @@ def by_hand():
         bench()
     elif what == "--tables":
         tables(argv)
-    elif what == "--rows":
-        rows_main([what, *argv])
-    elif what in ("--probe", "--slots", "--exposure"):
-        main = dict(probe=probe_main, slots=slots_main, exposure=exposure_main)[what[2:]]
-        main([what, *argv])
+    elif what in ("--slots", "--exposure"):
+        (slots_main if what == "--slots" else exposure_main)([what, *argv])
     elif what == "--help":
         print(__doc__)
     elif what == "--full-size" and len(argv) == 1:
@@ -5285,15 +5120,15 @@ def by_hand():
     elif what == "--starter" and len(argv) == 1 and argv != ["--help"]:
         write_starter(Path(argv[0]))
     else:
-        raise ValueError("python test_all.py --card | --bench | --rows FILES | --tables | "
-                         "--probe, --slots, --exposure CHECKPOINT | --starter DIR | "
+        raise ValueError("python test_all.py --card | --bench | --tables | "
+                         "--slots, --exposure CHECKPOINT | --starter DIR | "
                          "--full-size DIR; "
                          "the tests themselves: python -m pytest -q test_all.py")
 
 
 def test_an_unknown_measurement_is_answered_with_those_there_are(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test_all.py", "--magic"])
-    with pytest.raises(ValueError, match="--card . --bench . --rows"):
+    with pytest.raises(ValueError, match="--card . --bench . --tables"):
         by_hand()
 
 

@@ -22,6 +22,7 @@ import random
 import re
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,10 +39,10 @@ import metastate
 import niah
 from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags, cli,
                       config_from_json, corrupt, default_device, encode, encode_pair, find_folder,
-                      given_flags, json_checksum, load_backbone, load_tokenizer, masked_loss,
-                      option, read_json, read_lines, sample_t, save_adapter, save_backbone,
-                      write_atomically, write_json)
-from memdlm import ClosedBook, MemDLMConfig
+                      given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
+                      read_lines, sample_t, save_adapter, save_backbone, write_atomically,
+                      write_json)
+from memdlm import ClosedBook
 from metastate import MetaStateConfig
 from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, peak_memory, ranks,
                     show_estimate)
@@ -85,7 +86,6 @@ class TrainConfig:
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
     dtype: str = option(None, "default: the checkpoint's own", choices=["float32", "bfloat16"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    overwrite: bool = option(False, "delete what an earlier run wrote into --out and start anew")
 
     @property
     def source(self):
@@ -111,13 +111,6 @@ DEFAULTS = {
     "published": dict(steps=1000, epochs=5, batch_size=2, lr=2e-5, full_share=0.0, warmup=0.1,
                       beta2=0.999, weight_decay=0.0, loss_weight="1/t", lora=32,
                       lora_dropout=0.05, tasks=list(niah.TASKS))}
-
-# All that a run writes into its folder, and all that --overwrite deletes.
-WRITTEN = """log.jsonl resume.pt model.safetensors config.json memory.json passes.jsonl niah.jsonl
-    closed_book.jsonl capacity.jsonl reads.jsonl far.jsonl wrong.jsonl slots.jsonl
-    adapter_model.safetensors adapter_config.json metastate.json metastate.safetensors
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
-    merges.txt chat_template.jinja""".split()
 
 
 class Batch(NamedTuple):
@@ -409,7 +402,7 @@ class Run:
         self.first_step = 0
         self.seconds = 0.0
         self.fingerprint = metastate.fingerprint(self.backbone)         # before layers are split
-        self.content = json_checksum(self.examples)
+        self.content = zlib.crc32(json.dumps(self.examples).encode())
         self.add_memory()
         self.make_optimizer()
 
@@ -643,13 +636,13 @@ class Run:
             save_adapter(self.backbone, self.out, self.base or self.cfg.source)
         else:
             save_backbone(self.backbone, self.out, self.tokenizer)
-        # without a checksum: this file may be edited, and is validated when it is read
-        write_json(self.out / "memory.json", dataclasses.asdict(self.inner), checksum=False)
+        # this file may be edited: it is validated when it is read
+        write_json(self.out / "memory.json", dataclasses.asdict(self.inner))
 
     def settings(self):
         """What must be the same for a resumed run to be the same run."""
-        free = ("out", "resume", "overwrite", "device", "n_eval", "save_every", "eval_every",
-                "checkpointing", "backbone", "init", "data")    # the last three by their contents
+        free = ("out", "resume", "device", "n_eval", "save_every", "eval_every", "checkpointing",
+                "backbone", "init", "data")                     # the last three by their contents
         fixed = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
         slots = dataclasses.asdict(self.meta.settings) if self.meta else {}
         return {**fixed, **dataclasses.asdict(self.inner), **slots, "world": self.world,
@@ -723,11 +716,8 @@ def check_out(cfg, base):
         raise ValueError(f"--data {cfg.data} lies in --out {cfg.out}: name another --out")
     if cfg.resume or not out.exists() or {f.name for f in out.iterdir()} <= {".lock"}:
         return
-    if not cfg.overwrite:
-        raise ValueError(f"{cfg.out} exists already: --resume goes on, --overwrite starts anew, "
-                         f"--out names another folder")
-    if not ((out / "log.jsonl").exists() or (out / "resume.pt").exists()):
-        raise ValueError(f"--overwrite: {cfg.out} holds no run of train.py (no log.jsonl)")
+    raise ValueError(f"{cfg.out} exists already: --resume goes on, --out names another folder; to "
+                     f"start anew there, remove the folder yourself")
 
 
 @contextlib.contextmanager
@@ -752,8 +742,6 @@ def locked(out):
 def check_flags(cfg):
     """ValueError for flags that contradict each other whatever the backbone is."""
     cfg.out = cfg.out or f"runs/{cfg.method}"
-    if cfg.resume and cfg.overwrite:
-        raise ValueError("--resume goes on with the run in --out, --overwrite deletes it: not both")
     if cfg.data != "niah" and not Path(cfg.data).is_file():
         raise ValueError(f"--data {cfg.data}: no such file (niah, or a JSONL file)")
     if cfg.data != "niah" and cfg.chat is None:
@@ -819,8 +807,6 @@ def train(run):
     with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
         if run.rank == 0:
             check_out(cfg, run.base)                        # another run may have just ended here
-            for name in WRITTEN if cfg.overwrite else ():
-                (run.out / name).unlink(missing_ok=True)
             trained = sum(p.numel() for p in run.trained)
             print(f"{cfg.method} from {cfg.source} into {cfg.out}: {cfg.steps} steps of "
                   f"{run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, torch {torch.__version__} on "
