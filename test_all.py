@@ -2281,7 +2281,7 @@ def test_a_metastate_checkpoint_can_be_run_in_four_ways(tmp_path, meta_checkpoin
     assert list(arms) == ["frozen", "metastate", "wiped", "both"]
 
 
-def test_the_reset_arm_has_the_trained_weights_and_both_has_fast_weights_too(
+def test_the_wiped_arm_has_the_trained_weights_and_both_has_fast_weights_too(
         tmp_path, meta_checkpoint):
     """At the first step slots are s_0 in every arm."""
     model, _, arms = sample.load_arms(tmp_path / "meta", "cpu")
@@ -2292,7 +2292,7 @@ def test_the_reset_arm_has_the_trained_weights_and_both_has_fast_weights_too(
         predict, state = memory(model, xt, None, 9)
         with torch.no_grad():
             logits[arm], _ = predict(xt, torch.ones(2), state, at)
-    assert torch.equal(logits["reset"], logits["metastate"])
+    assert torch.equal(logits["wiped"], logits["metastate"])
     for arm in ("frozen", "both"):
         assert not torch.allclose(logits[arm], logits["metastate"], atol=1e-4)
 
