@@ -2665,8 +2665,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
     monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
-    # held-out loss: one pass, 16 texts
-    monkeypatch.setattr(train.Run.held_out_loss, "__defaults__", (1, 16))
+    # held-out loss: 16 texts
+    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
     return tmp_path
 
 
@@ -3138,7 +3138,7 @@ def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
     cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
-    train.Run(cfg, {}, {})
+    train.plan(cfg, {}, {})
     assert asked and not any("*.safetensors" in patterns for patterns in asked)
 
 

@@ -303,6 +303,18 @@ def collate(examples, model_cfg, width, generator):
     return Batch(x0, given, attend, t, u, context)
 
 
+def hidden_text(batch, generator):
+    """The closed book: the outer pass cannot see the text. Most rows ask for the whole answer, as
+    the first step of decoding does."""
+    whole = torch.rand(len(batch.t), generator=generator) < 0.75
+    return batch._replace(t=batch.t.masked_fill(whole, 1.0), attend=batch.attend & ~batch.text)
+
+
+def whole_sequence(batch):
+    """The prompt is masked and learned, too, as in pretraining; nothing is written."""
+    return batch._replace(given=~batch.attend, text=torch.zeros_like(batch.text))
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
     """The order of n examples in an epoch: a new one each, no example twice before all once."""
@@ -317,60 +329,28 @@ class Run:
     random state: see the file's header."""
 
     def __init__(self, cfg, inner_options, meta_options):
-        """All that follows from flags and config.json: fills in cfg, prints the memory it needs.
-        ValueError or OSError for what cannot work."""
-        check_flags(cfg)
-        self.cfg = cfg
-        self.out = Path(cfg.out)
+        """From flags alone, see plan: prints the memory that the run needs."""
         self.rank, self.world = ranks()
-        self.base = find_base(cfg)
-        model_cfg = BackboneConfig()
-        if cfg.source != "tiny":
-            path = find_folder(self.base or cfg.source, weights=False) / "config.json"
-            model_cfg = config_from_json(read_json(path), path)
-        self.meta_cfg = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
-        self.meta_cfg.check(model_cfg.n_layers)
-        # a backbone that was not trained to be written to is read with the paper's inner loop
-        default = None if cfg.method == "memdlm" else "response"
-        inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
-        ours = inner_options.keys() - vars(inner).keys()
-        if ours:
-            raise ValueError(f"--{min(ours)} belongs to the closed book, not to --inner_on "
-                             f"{inner.inner_on}")
-        if cfg.data != "niah" and isinstance(inner, ClosedBook):
-            inner.questions = 1
-        self.inner = dataclasses.replace(inner, **inner_options)
-        self.closed = cfg.method == "memdlm" and self.inner.inner_on == "closed_book"
-        self.to_pretrain = (cfg.source == "tiny" and not self.closed
-                            and (cfg.method != "mdlm" or bool(cfg.lora)))
-        if self.to_pretrain:
-            cfg.init = f"runs/pretrained-seed{cfg.seed}"
-        self.stage = fill_in(cfg, model_cfg.family, self.closed)
-        shared = getattr(self.inner, "questions", 1)
-        if shared > 1 and (cfg.batch_size % shared or not self.closed or cfg.data != "niah"):
-            raise ValueError(f"--questions {shared}: only the closed book on niah texts has so "
-                             f"many rows about one text, which share its phi, and --batch_size "
-                             f"must be a multiple of it, not {cfg.batch_size}")
-        self.joined = cfg.batch_size * cfg.accumulate * self.world      # rows per optimizer step
-        length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
-        weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
-        sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, self.inner,
-                         self.meta_cfg, weight_bytes, cfg.checkpointing)
-        self.needed = sum(sizes.values())
+        self.cfg = cfg
+        self.plan = plan(cfg, inner_options, meta_options, self.world)
+        self.inner = self.plan.inner
+        self.closed = self.plan.closed
+        self.out = Path(cfg.out)
         if self.rank == 0:
-            print(f"memory for {cfg.method} on {cfg.source}, {cfg.batch_size} rows of {length} "
-                  f"tokens: {show_estimate(sizes)}")
+            print(f"memory for {cfg.method} on {cfg.source}, {cfg.batch_size} rows of "
+                  f"{self.plan.length} tokens: {show_estimate(self.plan.sizes)}")
 
     def load(self):
         """Backbone and data, and what is trained. ValueError or OSError for what cannot work."""
         cfg = self.cfg
         self.device = default_device(cfg.device)
-        if self.needed > device_memory(self.device):
-            raise ValueError(f"this needs {self.needed / 1e9:.1f} GB, more memory than "
+        needed = sum(self.plan.sizes.values())
+        if needed > device_memory(self.device):
+            raise ValueError(f"this needs {needed / 1e9:.1f} GB, more memory than "
                              f"{self.device} has ({device_memory(self.device) / 1e9:.1f} GB): try "
                              f"a smaller --batch_size or --max_len, --lora, --checkpointing")
         dtype = cfg.dtype and getattr(torch, cfg.dtype)
-        source = "tiny" if self.to_pretrain else cfg.source
+        source = "tiny" if self.plan.to_pretrain else cfg.source
         self.tokenizer = load_tokenizer(source)
         torch.manual_seed(cfg.seed)
         if source == "tiny":
@@ -389,9 +369,9 @@ class Run:
             held = max(1, min(64, len(rows) // 10))
             self.examples, self.held_examples = rows[:-held], rows[-held:]
         if cfg.steps is None:
-            cfg.steps = math.ceil(cfg.epochs * len(self.examples) / self.joined)
+            cfg.steps = math.ceil(cfg.epochs * len(self.examples) / self.plan.rows)
         cfg.eval_every = cfg.eval_every or max(1, cfg.steps // 10)
-        if self.to_pretrain:
+        if self.plan.to_pretrain:
             pretrain(cfg)
             self.backbone = load_backbone(cfg.init, self.device, dtype)
         if self.closed and not cfg.lora:
@@ -422,16 +402,16 @@ class Run:
         self.watched, self.passes = "off", 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
-            self.meta = metastate.build(self.backbone.cfg, self.meta_cfg).to(self.device)
+            self.meta = metastate.build(self.backbone.cfg, self.plan.meta).to(self.device)
             # the second pass over a canvas is the first that can use the slots
-            self.watched, self.passes = metastate.ARMS[self.meta_cfg.memory], 2
+            self.watched, self.passes = metastate.ARMS[self.plan.meta.memory], 2
             self.arms = {"frozen": no_memory, self.watched: self.meta.memory()}
 
     def make_optimizer(self):
         """Choose what is trained: all weights, the LoRA (added here unless the adapter is an old
         one), or the slots' modules."""
         cfg = self.cfg
-        if cfg.lora and self.base is None:
+        if cfg.lora and self.plan.base is None:
             self.backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
         for module in self.backbone.modules():
             if getattr(module, "lora_rank", 0):
@@ -459,30 +439,28 @@ class Run:
         rng = random.Random(f"{cfg.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         closed = self.closed and rng.random() >= cfg.plain_share
-        if self.examples is not None:
-            size = len(self.examples)
-            numbers = range(step * self.joined, (step + 1) * self.joined)
-            chosen = [self.examples[epoch_order(cfg.seed, n // size, size)[n % size]]
-                      for n in numbers]
-        else:
-            samples = self.closed_samples(step, rng) if closed else self.samples(step, rng)
-            chosen = niah_examples(self.tokenizer, self.backbone.cfg, samples, closed)
-        batch = collate(chosen, self.backbone.cfg, self.width, generator)
-        if self.inner.inner_on == "prompt":
-            batch = batch._replace(text=batch.given & batch.attend)
-        if closed:
-            # most rows ask for the whole answer, as the first step of decoding does
-            whole = torch.rand(len(batch.t), generator=generator) < 0.75
-            batch = batch._replace(t=batch.t.masked_fill(whole, 1.0),
-                                   attend=batch.attend & ~batch.text)
-        nothing = torch.zeros_like(batch.text)
-        if self.closed and not closed:
-            batch = batch._replace(text=nothing)
+        batch = collate(self.chosen(step, rng, closed), self.backbone.cfg, self.width, generator)
         # from noise, lookup has to emerge before half of the gradient goes to the prompts
-        ready = self.stage != "pretrain" or step > 0.5 * cfg.steps
-        if not closed and rng.random() < cfg.full_share and ready:
-            batch = batch._replace(given=~batch.attend, text=nothing)
+        ready = self.plan.stage != "pretrain" or step > 0.5 * cfg.steps
+        if closed:
+            batch = hidden_text(batch, generator)
+        elif rng.random() < cfg.full_share and ready:
+            batch = whole_sequence(batch)
+        elif self.inner.inner_on == "prompt":
+            batch = batch._replace(text=batch.given & batch.attend)
+        else:
+            batch = batch._replace(text=torch.zeros_like(batch.text))
         return batch, int((~batch.given).sum())
+
+    def chosen(self, step, rng, closed):
+        """The Examples of a step: the next ones of the file, or niah texts made for it."""
+        if self.examples is None:
+            samples = self.closed_samples(step, rng) if closed else self.samples(step, rng)
+            return niah_examples(self.tokenizer, self.backbone.cfg, samples, closed)
+        size = len(self.examples)
+        numbers = range(step * self.plan.rows, (step + 1) * self.plan.rows)
+        return [self.examples[epoch_order(self.cfg.seed, n // size, size)[n % size]]
+                for n in numbers]
 
     def samples(self, step, rng):
         """niah samples of mixed lengths: without them lookup is not learned."""
@@ -492,7 +470,7 @@ class Run:
             # the plateau before the first hop is short where every row needs memory
             tasks = [task for task in tasks if task == "resolve"] or tasks
         count = niah.token_counter(self.tokenizer, self.backbone.cfg)
-        return niah.make_samples(tasks, rng.choice([0, c // 4, c // 2, c]), self.joined,
+        return niah.make_samples(tasks, rng.choice([0, c // 4, c // 2, c]), self.plan.rows,
                                  f"{self.cfg.seed} {step}", "train", count)
 
     def closed_samples(self, step, rng):
@@ -508,7 +486,7 @@ class Run:
             length = rng.choice([0, c // 2, c, 2 * c, 4 * c][:2 + int(4 * done)])
         count = niah.token_counter(self.tokenizer, self.backbone.cfg)
         task = partial(niah.facts, most=12)
-        texts = niah.make_samples([task], length, self.joined // self.inner.questions,
+        texts = niah.make_samples([task], length, self.plan.rows // self.inner.questions,
                                   f"{self.cfg.seed} {step}", "train", count)
         return [s for text in texts for s in niah.ask(text, self.inner.questions, rng)]
 
@@ -569,12 +547,12 @@ class Run:
         Returns the joined loss."""
         if self.world == 1:
             return loss
-        joined = torch.tensor(loss, device=self.device)
-        dist.all_reduce(joined)
+        total = torch.tensor(loss, device=self.device)
+        dist.all_reduce(total)
         for p in self.trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-        return joined.item()
+        return total.item()
 
     def recalled(self, n=50):
         """Closed book: the share of n held-out texts of four facts that phi answers from."""
@@ -582,11 +560,30 @@ class Run:
                                 0)
         return sum(r["recall"] for r in rows) / n
 
+    def held_out_loss(self, memory, passes=1):
+        """Mean CE per masked token on held-out data, after `passes` passes over the same canvas.
+        memory: as in sample.generate."""
+        def logits_of(rows, xt, masked):
+            predict, state = memory(self.backbone, xt, rows.attend, int(rows.given[0].sum()))
+            ratio = masked.sum(1) / (~rows.given).sum(1)                # (B,)
+            for _ in range(passes):
+                logits, state = predict(xt, ratio, state, masked)       # (N, V)
+            return logits
+        return self.held_out(logits_of)
+
+    def leaky_loss(self):
+        """The same with phi fitted to the very tokens that are scored, as in MemDLM's Fig. 4: an
+        upper bound, no result."""
+        def logits_of(rows, xt, masked):
+            phi, *_ = memdlm.adapt_to_response(self.backbone, rows.x0, rows.given, rows.attend,
+                                               rows.t, rows.u, self.inner)
+            return self.backbone(xt, rows.attend, masked, phi)          # (N, V)
+        return self.held_out(logits_of)
+
     @torch.no_grad()
-    def held_out_loss(self, memory, passes=1, n=128):
-        """Mean CE per masked token on held-out data, t stratified over (0, 1), after `passes`
-        passes over the same canvas. memory: as in sample.generate, or None for phi fitted to the
-        very tokens that are scored, as in MemDLM's Fig. 4: an upper bound, no result."""
+    def held_out(self, logits_of, n=128):
+        """Mean CE per masked token of logits_of(rows, xt, masked) -> (N, V); t is stratified over
+        (0, 1)."""
         backbone = self.backbone
         generator = torch.Generator().manual_seed(0)
         size = self.cfg.batch_size if backbone.cfg.family != "tiny" else 64
@@ -604,15 +601,7 @@ class Run:
             xt, masked = corrupt(rows.x0, rows.t, rows.given, backbone.cfg.mask_id, rows.u)
             if not masked.any():
                 continue
-            if memory is None:
-                phi, *_ = memdlm.adapt_to_response(backbone, rows.x0, rows.given, rows.attend,
-                                                   rows.t, rows.u, self.inner)
-                logits = backbone(xt, rows.attend, masked, phi)         # (N, V)
-            else:
-                predict, state = memory(backbone, xt, rows.attend, int(rows.given[0].sum()))
-                ratio = masked.sum(1) / (~rows.given).sum(1)            # (B,)
-                for _ in range(passes):
-                    logits, state = predict(xt, ratio, state, masked)   # (N, V)
+            logits = logits_of(rows, xt, masked)
             total += F.cross_entropy(logits.float(), rows.x0[masked], reduction="sum").item()
             count += int(masked.sum())
         return total / max(1, count)
@@ -633,7 +622,7 @@ class Run:
                            self.backbone.cfg.chat)
             return
         if self.cfg.lora:
-            save_adapter(self.backbone, self.out, self.base or self.cfg.source)
+            save_adapter(self.backbone, self.out, self.plan.base or self.cfg.source)
         else:
             save_backbone(self.backbone, self.out, self.tokenizer)
         # this file may be edited: it is validated when it is read
@@ -754,6 +743,58 @@ def check_flags(cfg):
                          "mdlm and give its folder as --init")
 
 
+class Plan(NamedTuple):
+    """What follows from the flags and config.json, before anything is loaded."""
+    base: str | None            # the backbone under the adapter that training starts from
+    inner: memdlm.MemDLMConfig
+    meta: MetaStateConfig
+    closed: bool                # the closed book is trained
+    to_pretrain: bool           # the tiny backbone has to be pretrained first
+    stage: str                  # key of DEFAULTS
+    rows: int                   # of an optimizer step: all micro-batches, all ranks
+    length: int                 # tokens of the longest row
+    sizes: dict                 # bytes by kind, see sample.estimate
+
+
+def plan(cfg, inner_options, meta_options, world=1):
+    """Flags -> Plan; what was None in cfg is filled in. ValueError or OSError for what cannot
+    work."""
+    check_flags(cfg)
+    base = find_base(cfg)
+    model_cfg = BackboneConfig()
+    if cfg.source != "tiny":
+        path = find_folder(base or cfg.source, weights=False) / "config.json"
+        model_cfg = config_from_json(read_json(path), path)
+    meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
+    meta.check(model_cfg.n_layers)
+    # a backbone that was not trained to be written to is read with the paper's inner loop
+    default = None if cfg.method == "memdlm" else "response"
+    inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
+    ours = inner_options.keys() - vars(inner).keys()
+    if ours:
+        raise ValueError(f"--{min(ours)} belongs to the closed book, not to --inner_on "
+                         f"{inner.inner_on}")
+    if cfg.data != "niah" and isinstance(inner, ClosedBook):
+        inner.questions = 1
+    inner = dataclasses.replace(inner, **inner_options)
+    closed = cfg.method == "memdlm" and inner.inner_on == "closed_book"
+    to_pretrain = cfg.source == "tiny" and not closed and (cfg.method != "mdlm" or bool(cfg.lora))
+    if to_pretrain:
+        cfg.init = f"runs/pretrained-seed{cfg.seed}"
+    stage = fill_in(cfg, model_cfg.family, closed)
+    shared = getattr(inner, "questions", 1)
+    if shared > 1 and (cfg.batch_size % shared or not closed or cfg.data != "niah"):
+        raise ValueError(f"--questions {shared}: only the closed book on niah texts has so many "
+                         f"rows about one text, which share its phi, and --batch_size must be a "
+                         f"multiple of it, not {cfg.batch_size}")
+    length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
+    weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
+    sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner, meta,
+                     weight_bytes, cfg.checkpointing)
+    rows = cfg.batch_size * cfg.accumulate * world
+    return Plan(base, inner, meta, closed, to_pretrain, stage, rows, length, sizes)
+
+
 def find_base(cfg):
     """The backbone under the adapter that training starts from, or None. An adapter keeps its own
     rank in training; ValueError if --lora asks for another."""
@@ -802,20 +843,20 @@ def pretrain(cfg):
 def train(run):
     """One run from start to end."""
     cfg = run.cfg
-    check_out(cfg, run.base)
+    check_out(cfg, run.plan.base)
     run.load()
     with locked(run.out) if run.rank == 0 else contextlib.nullcontext():
         if run.rank == 0:
-            check_out(cfg, run.base)                        # another run may have just ended here
+            check_out(cfg, run.plan.base)                   # another run may have just ended here
             trained = sum(p.numel() for p in run.trained)
             print(f"{cfg.method} from {cfg.source} into {cfg.out}: {cfg.steps} steps of "
-                  f"{run.joined} rows, lr {cfg.lr}, seed {cfg.seed}, torch {torch.__version__} on "
-                  f"{run.device}\n{trained:,} trained parameters")
+                  f"{run.plan.rows} rows, lr {cfg.lr}, seed {cfg.seed}, torch "
+                  f"{torch.__version__} on {run.device}\n{trained:,} trained parameters")
         if run.world > 1:
             dist.barrier()
         if cfg.resume:
             run.resume()
-        with tqdm(total=cfg.steps, initial=run.first_step, desc=run.stage, unit="step",
+        with tqdm(total=cfg.steps, initial=run.first_step, desc=run.plan.stage, unit="step",
                   disable=run.rank > 0) as run.bar:
             LOOPS[cfg.method](run)
 
@@ -838,7 +879,7 @@ def report(run):
         off, on = (run.held_out_loss(memory, run.passes) for memory in run.arms.values())
         if run.meta is None:
             print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}; leaky, "
-                  f"an upper bound and no result: {run.held_out_loss(None):.3f}")
+                  f"an upper bound and no result: {run.leaky_loss():.3f}")
         else:
             lengths = "64 --tasks resolve --passes 8"
             prompt = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
