@@ -18,6 +18,7 @@ block mask, dropout other than LoRA's.
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -797,9 +798,9 @@ def read_json(path):
     return raw
 
 
-def read_lines(path, read):
-    """[read(value, bytes) for each line] of a JSONL file; empty lines are skipped. ValueError, also
-    read's own, names file and line."""
+def read_lines(path, read, most=None):
+    """[read(value, bytes) for each line] of a JSONL file, or of its first `most` lines; empty lines
+    are skipped. ValueError, also read's own, names file and line."""
     found = []
     with open(path, "rb") as f:
         start = f.peek(9).lstrip(b"\xef\xbb\xbf \r\n")
@@ -808,7 +809,7 @@ def read_lines(path, read):
             raise ValueError(f"{path} is no JSON Lines ({kind}). This converts it: python -c \""
                              f"import datasets; datasets.load_dataset('{kind.split(',')[0]}', "
                              f"data_files='{path}', split='train').to_json('new.jsonl')\"")
-        for number, line in enumerate(f, 1):
+        for number, line in enumerate(itertools.islice(f, most), 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows' BOM
                 if text.strip():
@@ -817,6 +818,8 @@ def read_lines(path, read):
                 raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
+    if not found:
+        raise ValueError(f"{path} is empty")
     return found
 
 
@@ -1012,6 +1015,13 @@ def vocabulary_hash(tokenizer):
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
+def are_messages(turns):
+    """A list of {"role", "content"}, all of it text?"""
+    return isinstance(turns, list) and len(turns) > 0 and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str)
+        and turn.get("role") in ("system", "user", "assistant") for turn in turns)
+
+
 def chat_text(tokenizer, cfg, messages, reply):
     """messages as text; reply: end where the assistant's answer starts. LLaDA's template always
     opens an assistant turn; for a finished conversation (training) that is cut off again."""
@@ -1048,13 +1058,16 @@ def encode(tokenizer, text, cfg=None):
     return ids
 
 
-def encode_prompt(tokenizer, cfg, text):
-    """Text -> ids, through the chat template or, Base models, as it is (Dream: after BOS).
-    ValueError if there are none."""
-    start = [] if cfg.chat or cfg.bos_id is None else [cfg.bos_id]
-    if cfg.chat:
-        text = chat_text(tokenizer, cfg, [{"role": "user", "content": text}], reply=True)
-    ids = start + encode(tokenizer, text, cfg)
+def encode_prompt(tokenizer, cfg, prompt, begun=""):
+    """A text -> ids, through the chat template or, Base models, as it is (Dream: after BOS); a list
+    of messages -> ids, always through it. begun: first words of the answer. ValueError if there are
+    no ids."""
+    chat = cfg.chat or isinstance(prompt, list)
+    start = [] if chat or cfg.bos_id is None else [cfg.bos_id]
+    if chat:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        prompt = chat_text(tokenizer, cfg, messages, reply=True)
+    ids = start + encode(tokenizer, prompt + begun, cfg)
     if not ids:
         raise ValueError("the prompt is empty")
     return ids

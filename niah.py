@@ -29,11 +29,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from backbone import add_flags, cli, encode, encode_prompt, given_flags, option
-from memdlm import fixed_memory
-from sample import cut, generate, inner_loop_settings, left_pad, load_arms, write_texts
+from backbone import add_flags, cli, encode, encode_prompt, given_flags, option, read_lines
+from memdlm import MemDLMConfig, fixed_memory
+from sample import (WRITERS, append_rows, chosen_arms, cut, estimate, generate,
+                    inner_loop_settings, join_ranks, left_pad, load_arms, ranks, show_estimate,
+                    write_texts)
 
 # --------------------------------------------------------------------------------------------------
 # 0. The closed vocabulary: every text of the tiny model is made of these words.
@@ -80,6 +81,13 @@ class Sample:
     depth: float = 0.0   # where the asked needle lies: 0 = first sentence, 1 = last
     hops: int = 0        # facts to go through before the one that holds the answer
     length: int = 0      # nominal context length
+
+    def score(self, output):
+        """Recall, and whether the output is the answer word for word."""
+        found = recall(self.refs, output)
+        if self.task == "stories":
+            found = float(labels_in(output.split(".")[0]) == self.refs)
+        return found, float(output.split() == self.answer.split())
 
     @property
     def context(self):
@@ -309,17 +317,15 @@ def encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length):
     """n evaluation samples and the ids of their prompts, with an introduction for a model that was
     not trained on the tasks. ValueError if one is too long."""
     config = backbone.cfg
-
-    def check(tokens):
-        if tokens + gen_length > config.max_len:
-            raise ValueError(f"--lengths {length}: a prompt of {tokens} tokens + {gen_length} for "
-                             f"the answer exceeds the model's limit of {config.max_len}")
-    # first the nominal length, before a text of that length is made
-    check(length)
-    samples = make_samples(tasks, length, n, seed, "eval", token_counter(tokenizer, config))
+    count = token_counter(tokenizer, config)
+    # no text is made that is far too long
+    samples = make_samples(tasks, min(length, 2 * config.max_len), n, seed, "eval", count)
     intro = "" if config.family == "tiny" else INTRO
     prompts = [encode_prompt(tokenizer, config, intro + sample.prompt) for sample in samples]
-    check(max(map(len, prompts)))
+    longest = max(length, *map(len, prompts))
+    if longest + gen_length > config.max_len:
+        raise ValueError(f"--lengths {length}: a prompt of {longest} tokens + {gen_length} for the "
+                         f"answer exceeds the model's limit of {config.max_len}")
     return samples, prompts
 
 
@@ -343,74 +349,156 @@ def labels_in(text):
 def scored(sample, ids, tokenizer, config, **columns):
     """A row of results: columns, the sample, and what the answer ids (gen_length,) are worth."""
     output = tokenizer.decode(cut(ids, config), skip_special_tokens=False)
-    found = recall(sample.refs, output)
-    if sample.task == "stories":
-        found = float(labels_in(output.split(".")[0]) == sample.refs)
-    exact = float(output.split() == sample.answer.split())
-    return {**columns, **asdict(sample), "output": output, "recall": found, "exact": exact}
+    found, exact = sample.score(output)
+    fields = asdict(sample)
+    entries = fields.pop("entries", {})
+    return {**entries, **columns, **fields, "output": output, "recall": found, "exact": exact}
 
 
-def results(answers, total, tokenizer, config, out):
-    """The rows of all answers, one a sample, appended to the JSONL file `out` as they come.
+def results(jobs, answer, tokenizer, config, out):
+    """The rows of all jobs, one a sample: sample.append_rows. A job: (samples, ...); answer(*job)
+    yields ids (n, gen_length) and {column: value}.
 
-    answers: an iterable of (samples, ids (n, gen_length), {column: value}); total: their number."""
-    rows = []
-    with tqdm(total=total, desc="niah", unit="sample", leave=False) as bar:
-        for samples, ids, columns in answers:
-            new = [scored(s, row, tokenizer, config, **columns) for s, row in zip(samples, ids)]
-            if out:
-                with open(out, "a") as f:
-                    f.writelines(json.dumps(row) + "\n" for row in new)
-            rows += new
-            bar.update(len(new))
-    return rows
+    Without `out`, in training, every process does all jobs, because each holds a part of the
+    layers."""
+    def work(job):
+        return [scored(s, row, tokenizer, config, **columns)
+                for ids, columns in answer(*job) for s, row in zip(job[0], ids)]
+    return append_rows(jobs, work, out)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Evaluation: the same samples for every arm.
+# 4. The benchmarks' own files.
+
+# official answer lengths, by a part of the names of RULER's tasks; BABILong's is 16
+BUDGETS = dict(niah=128, vt=30, cwe=120, fwe=50, qa=32)
+ROOMS = "bathroom bedroom garden hallway kitchen office"     # the answers of BABILong's qa1 to qa4
+LABELS = dict(qa5="bill fred jeff mary apple football milk", qa6="yes no", qa9="yes no",
+              qa7="none one two three", qa8="apple football milk nothing", qa10="yes no maybe")
+
+
+@dataclass
+class Line(Sample):
+    """A line of a benchmark's own file."""
+    labels: tuple = ()      # all answers that the BABILong task knows
+    entries: dict = None    # all that the line holds, but for the text
+
+    def score(self, output):
+        """RULER: string_match_all as recall, for its qa tasks string_match_part. BABILong: recall
+        is the harness's rule, exact the official one: of the labels that the question does not
+        name, the output's first sentence names the target alone."""
+        found, exact = super().score(output)
+        if self.labels:
+            first, asked = output.lower().split(".")[0], self.entries["question"].lower()
+            named = {label for label in self.labels if label in first and label not in asked}
+            return found, float(named == set(self.answer.lower().split(",")))
+        return float(found > 0) if self.task.startswith("qa") else found, exact
+
+
+def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
+    """The first n lines (None: all) of a file in RULER's or BABILong's layout -> a cell of `decode`
+    (gen_length, samples, prompts). What is longer than the model's limit is left out, and counted.
+    Its task is its name or its folder's, its length the longest, in steps of 1,024.
+    ValueError names file and line of what is wrong."""
+    task, limit = re.sub(r"[_-]?\d+k$", "", Path(path).stem), backbone.cfg.max_len
+    if task in ("", "validation"):                      # RULER: niah_single_1/validation.jsonl
+        task = Path(path).absolute().parent.name
+    labels = tuple(LABELS.get(task.split("_")[-1], ROOMS).split())
+
+    def read(raw, size):
+        raw = raw if isinstance(raw, dict) and isinstance(raw.get("outputs", []), list) else {}
+        ruler = raw.get("outputs")
+        text, *refs = [raw.get("input"), *(ruler or [raw.get("target"), raw.get("question")])]
+        begun, length = raw.get("answer_prefix", ""), raw.get("length", 0)
+        if not all(isinstance(x, str) for x in [text, begun, *refs]) or not all(refs) \
+                or not isinstance(length, int):
+            raise ValueError("expected RULER's {\"input\": text, \"outputs\": [texts]} or "
+                             "BABILong's {\"input\", \"question\", \"target\"}")
+        if not ruler:
+            text = f"{text}\n{refs.pop()}"
+            if not set(refs[0].lower().split(",")) <= set(labels):
+                raise ValueError(f"target {refs[0]!r:.40} is no answer of {task}: name a file of "
+                                 f"BABILong after its task, qa1 to qa10")
+        # no token has 100 bytes on average
+        ids = encode_prompt(tokenizer, backbone.cfg, text, begun) if size < 100 * limit else []
+        entries = {k: v for k, v in raw.items() if k != "input"}
+        return ids, Line(task, text, " ".join(refs), refs, 0.0 if ruler else 1 / len(labels),
+                         length=length or len(ids), entries=entries, labels=() if ruler else labels)
+    lines = read_lines(path, read, n)
+    official = [16 for _, s in lines if s.labels] + [BUDGETS[x] for x in BUDGETS if x in task]
+    gen_length = gen_length or [*official, 128][0]
+    fit = [(ids, s) for ids, s in lines if ids and len(ids) + gen_length <= limit]
+    if len(fit) < len(lines) and ranks()[0] == 0:
+        print(f"{path}: left out {len(lines) - len(fit)} of {len(lines)} samples longer than the "
+              f"model's limit of {limit} tokens, {gen_length} of them for the answer")
+    if not fit:
+        raise ValueError(f"{path}: no sample is left")
+    longest = max(s.length for _, s in fit)
+    longest = longest if longest <= 1024 else 1024 * math.ceil(longest / 1024)
+    return gen_length, [replace(s, length=longest) for _, s in fit], [ids for ids, _ in fit]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Evaluation: the same samples for every arm.
 
 def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=None,
              steps=None, **columns):
-    """Decode with every arm, in LLaDA's settings for these tasks: one block, temperature 0.
-
-    steps: numbers of denoising steps, by default one per answer token. Returns rows {task, length,
-    steps, arm, depth, output, recall, exact, ...}. ValueError, before anything is decoded, where a
-    text is too long."""
+    """Decode n texts a task and length with every arm: `decode`. ValueError, before anything is
+    decoded, where a text is too long."""
     gen_length = gen_length or answer_budget(tokenizer)
-    steps = steps or [gen_length]
     # the longest first, so that one that does not fit is found at once
     cells = {cell: encoded_samples(backbone, tokenizer, [cell[1]], cell[0], n, seed, gen_length)
              for cell in product(sorted(lengths, reverse=True), tasks)}
+    cells = [(gen_length, *cells[length, task]) for task, length in product(tasks, lengths)]
+    return decode(backbone, tokenizer, arms, cells, out, steps, seed=seed, **columns)
 
-    def answers():
-        for task, length, arm, passes in product(tasks, lengths, arms, steps):
-            for samples, prompts in batches(length, *cells[length, task]):
-                ids = generate(backbone, prompts, memory=arms[arm], gen_length=gen_length,
-                               steps=passes, remasking="low_confidence")
-                yield samples, ids, dict(columns, arm=arm, steps=passes, seed=seed)
-    total = len(cells) * len(arms) * len(steps) * n
-    return results(answers(), total, tokenizer, backbone.cfg, out)
+
+def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=None, passes=None,
+           inner=MemDLMConfig(), **columns):
+    """The rows {task, length, steps, arm, depth, output, recall, exact, ...} of all cells
+    (gen_length, samples, prompts), in LLaDA's settings for these tasks: one block, temperature 0.
+
+    steps: numbers of denoising steps, by default (and with a threshold) one per answer token.
+    passes: redundant recomputation instead, MetaState's "Information Island": so many passes over
+    the same, fully masked answer, after each all tokens committed at once. A frozen model computes
+    the same logits every time; with slots a pass can use the last one.
+    inner: the settings of the arms that write prompts; their cost is told."""
+    jobs = [(*batch, gen_length, arm, number) for gen_length, samples, prompts in cells
+            for arm, number in product(arms, passes and [passes] or threshold is None and steps
+                                       or [gen_length])
+            for batch in batches(samples[0].length, samples, prompts)]
+
+    def answer(samples, prompts, gen_length, arm, number):
+        if passes:
+            again = repeat(backbone, arms[arm], prompts, passes, gen_length)
+            for number, (ids, _) in enumerate(again, 1):
+                yield ids, dict(columns, arm=arm, steps=number)
+        else:
+            ids = generate(backbone, prompts, memory=arms[arm], gen_length=gen_length,
+                           steps=number, remasking="low_confidence", threshold=threshold)
+            yield ids, dict(columns, arm=arm, steps=number)
+    if out and ranks()[0] == 0:
+        print(cost(backbone, jobs, inner), flush=True)
+    return results(jobs, answer, tokenizer, backbone.cfg, out)
+
+
+def cost(backbone, jobs, inner):
+    """What the jobs of `decode` will take, in words."""
+    text = f"at most {sum(passes for *_, passes in jobs):,} forward passes"
+    written = [(len(ids), max(map(len, ids))) for _, ids, _, arm, _ in jobs if arm in WRITERS]
+    if written:
+        # the paper: one step on each of two states of the whole prompt
+        masks, chunk = getattr(inner, "masks", 2), getattr(inner, "chunk", 0)
+        steps = sum(masks * math.ceil(n / (chunk or n)) for _, n in written)
+        batch, length = max(written, key=math.prod)
+        sizes = estimate(backbone.cfg, "adapt", batch, min(length, chunk or length), 0,
+                         inner=inner, weight_bytes=backbone.dtype.itemsize)
+        text += (f" and {steps:,} inner steps; memory to write {batch} x {length:,} tokens: "
+                 f"{show_estimate(sizes)}")
+    return text
 
 
 @torch.no_grad()
-def recompute(backbone, tokenizer, arms, tasks, length, n, seed, passes, out=None, gen_length=None):
-    """Redundant recomputation, MetaState's "Information Island": up to `passes` passes over the
-    same, fully masked answer, then all tokens committed at once. A frozen model computes the same
-    logits every time; with slots a pass can use the last one. Rows as evaluate's, steps = pass."""
-    gen_length = gen_length or answer_budget(tokenizer)
-    cells = {task: encoded_samples(backbone, tokenizer, [task], length, n, seed, gen_length)
-             for task in tasks}
-
-    def answers():
-        for task, arm in product(tasks, arms):
-            for samples, prompts in batches(length, *cells[task]):
-                steps = repeat(backbone, arms[arm], prompts, passes, gen_length)
-                for number, (ids, _) in enumerate(steps, 1):
-                    yield samples, ids, dict(arm=arm, steps=number, seed=seed)
-    total = len(cells) * len(arms) * passes * n
-    return results(answers(), total, tokenizer, backbone.cfg, out)
-
-
 def repeat(backbone, memory, prompts, passes, gen_length):
     """Passes over masked answers; yields the likeliest ids (n, gen_length), the memory's state."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
@@ -425,7 +513,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The closed book: the prompt is written into fast weights and then hidden.
+# 6. The closed book: the prompt is written into fast weights and then hidden.
 
 CLOSED_ARMS = {
     "none": "no phi: the question alone",
@@ -479,20 +567,21 @@ def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out
         if length == 0 or max(count(sample.prompt) for sample in samples) <= length:
             cells[length, k] = samples
 
-    def answers():
-        for (length, k), arm in product(cells, arms):
-            for [samples] in batches(length, cells[length, k]):
-                phi = phi_of_arm(backbone, tokenizer, samples, arm, inner)
-                shown = [s.prompt if arm.startswith("open") else s.question for s in samples]
-                prompts = [encode_prompt(tokenizer, config, text) for text in shown]
-                ids = generate(backbone, prompts, memory=fixed_memory(phi), gen_length=gen_length,
-                               remasking="low_confidence")
-                yield samples, ids, dict(arm=arm, facts=k, seed=seed)
-    return results(answers(), len(cells) * len(arms) * n, tokenizer, config, out)
+    jobs = [(samples, arm, k) for (length, k), arm in product(cells, arms)
+            for [samples] in batches(length, cells[length, k])]
+
+    def answer(samples, arm, k):
+        phi = phi_of_arm(backbone, tokenizer, samples, arm, inner)
+        shown = [s.prompt if arm.startswith("open") else s.question for s in samples]
+        prompts = [encode_prompt(tokenizer, config, text) for text in shown]
+        ids = generate(backbone, prompts, memory=fixed_memory(phi), gen_length=gen_length,
+                       remasking="low_confidence")
+        yield ids, dict(arm=arm, facts=k, seed=seed)
+    return results(jobs, answer, tokenizer, config, out)
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Tables.
+# 7. Tables.
 
 def interval(values):
     """Mean of values in 0..1, and half the width of Wilson's 95 % interval.
@@ -550,7 +639,7 @@ def closed_table(rows):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Command line.
+# 8. Command line.
 
 @dataclass
 class Evaluation:
@@ -558,16 +647,21 @@ class Evaluation:
     checkpoint: str = option(None, "a folder written by train.py, a hub name, or an adapter folder")
     tasks: list = option(tuple(TASKS), "tasks", choices=tuple(ALL_TASKS))
     lengths: tuple = option((64, 128, 256), "context lengths in tokens; tiny is trained to 64", 0)
-    n: int = option(100, "samples per cell", 1)
+    data: list = option(None, "instead of --tasks and --lengths: files of RULER or BABILong")
+    n: int = option(None, "samples per cell (default: 100; --data: the whole file)", 1)
     seed: int = option(1, "seed of the evaluation texts")
-    gen_length: int = option(None, "answer tokens (default: enough for the longest answer)", 1)
+    gen_length: int = option(None, "answer tokens (default: the longest answer's; --data: NIAH "
+                             "128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16, as officially)", 1)
     steps: tuple = option(None, "denoising steps (default: one per answer token)", 1)
+    threshold: float = option(None, "commit every token at least this sure, and ignore steps", 0)
     passes: int = option(None, "instead: recall after 1..PASSES passes over masked answers", 1)
     closed_book: bool = option(False, "instead: recall with the prompt hidden; --lengths may be 0")
     facts: tuple = option((1, 2, 4, 8, 16, 24), "closed book: numbers of facts in a text", 1, 24)
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
-    metric: str = option("recall", "exact: order and number count", choices=("recall", "exact"))
-    out: str = option(None, "all rows (default: CHECKPOINT/niah, passes or closed_book.jsonl)")
+    metric: str = option("recall", "exact: order and number count; BABILong: its official rule, "
+                         "recall the harness's", choices=("recall", "exact"))
+    out: str = option(None, "all rows (default: niah, benchmark, passes or closed_book.jsonl in "
+                      "CHECKPOINT)")
     chat: bool = option(None, "prompts go through the chat template (default: as trained)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
 
@@ -582,37 +676,43 @@ def main():
     if 0 in how.lengths and not how.closed_book:
         raise ValueError("--lengths must be at least 1, not 0 (--closed_book: 0 = the facts alone)")
     by_steps = bool(how.passes) or len(how.steps or ()) > 1
-    if by_steps and len(how.lengths) > 1:
+    if by_steps and len(how.lengths) > 1 and not how.data:
         raise ValueError("--passes and several --steps need one length, for example --lengths 64")
-    name = "passes" if how.passes else "niah"
+    for path in how.data or ():
+        if not Path(path).is_file():
+            raise ValueError(f"--data {path}: no such file")
+    name = ("closed_book" if how.closed_book else "passes" if how.passes
+            else "benchmark" if how.data else "niah")
     folder = Path(how.checkpoint) if Path(how.checkpoint).is_dir() else Path()
-    out = Path(how.out or folder / f"{'closed_book' if how.closed_book else name}.jsonl")
+    out = Path(how.out or folder / f"{name}.jsonl")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out} cannot be written: it must be a file, in a folder that exists")
     # 2. The arms
+    join_ranks(how)
     backbone, tokenizer, arms = load_arms(how.checkpoint, how.device, None, how.chat)
     arms = CLOSED_ARMS if how.closed_book else arms
-    unknown = ", ".join(arm for arm in how.arms or () if arm not in arms)
-    if unknown:
-        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {unknown}")
-    arms = {arm: arms[arm] for arm in how.arms or arms}
+    arms = chosen_arms(arms, how.arms or arms)
     # 3. The rows, and a table of them
     model = (backbone, tokenizer)
-    texts = (how.n, how.seed)
+    texts = (how.n or 100, how.seed)
+    more = dict(steps=how.steps, threshold=how.threshold, passes=how.passes,
+                inner=inner_loop_settings(how.checkpoint), checkpoint=how.checkpoint)
     if how.closed_book:
-        inner = inner_loop_settings(how.checkpoint)
-        rows = closed_book(*model, inner, arms, how.facts, how.lengths, *texts, out, how.gen_length)
-        print(closed_table(rows))
-    elif how.passes:
-        rows = recompute(*model, arms, how.tasks, how.lengths[0], *texts, how.passes, out,
-                         how.gen_length)
+        rows = closed_book(*model, more["inner"], arms, how.facts, how.lengths, *texts, out,
+                           how.gen_length)
+    elif how.data:
+        cells = [read_benchmark(path, *model, how.n, how.gen_length) for path in how.data]
+        rows = decode(*model, arms, cells, out, **more)
     else:
-        rows = evaluate(*model, arms, how.tasks, how.lengths, *texts, out, how.gen_length,
-                        how.steps, checkpoint=how.checkpoint)
-    if not how.closed_book:
+        rows = evaluate(*model, arms, how.tasks, how.lengths, *texts, out, how.gen_length, **more)
+    if ranks()[0] > 0:
+        return
+    if how.closed_book:
+        print(closed_table(rows))
+    else:
         print(table(rows, how.metric, "steps" if by_steps else "length"))
         print(finer_table(rows, by_steps))
-    print(f"\n{how.n} texts a cell, in %, ± half the 95 % interval over texts; every output: {out}")
+    print(f"\n{len(rows):,} answers, in %, ± half the 95 % interval over texts, all in {out}")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import memdlm
 import metastate
-from backbone import (Backbone, BackboneConfig, add_flags, cli, config_from_dict, encode,
-                      encode_prompt, given_flags, load_backbone, load_tokenizer, option, read_json,
-                      validate)
+from backbone import (Backbone, BackboneConfig, add_flags, are_messages, cli, config_from_dict,
+                      encode, encode_prompt, given_flags, load_backbone, load_tokenizer, option,
+                      read_json, read_lines, validate)
 
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -326,6 +327,9 @@ def cut(ids, config):
 # --------------------------------------------------------------------------------------------------
 # Command line. Everything above takes any memory; from here on it is one of the two.
 
+WRITERS = ("on", "both")                    # the arms that write the prompt into fast weights
+
+
 def load_arms(checkpoint, device=None, dtype=None, chat=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which it can be run.
 
@@ -346,6 +350,14 @@ def load_arms(checkpoint, device=None, dtype=None, chat=None):
         arms["wiped"] = wiped.memory()
         arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
     return backbone, load_tokenizer(base), arms
+
+
+def chosen_arms(arms, names):
+    """Those of the arms that are asked for. ValueError if the checkpoint has no such arm."""
+    unknown = ", ".join(name for name in names if name not in arms)
+    if unknown:
+        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {unknown}")
+    return {name: arms[name] for name in names}
 
 
 def inner_loop_settings(folder):
@@ -421,19 +433,44 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def append_rows(jobs, work, out, done=0):
+    """The rows work(job) of all jobs in their order, appended to the JSONL file `out` as they come.
+    The processes of torchrun share out the jobs, one each at a time; the first of them writes.
+    done: rows of the first job that are in the file already."""
+    rank, world = ranks() if out else (0, 1)
+    rows = []
+    with tqdm(total=len(jobs), unit="batch", leave=False, disable=rank > 0) as bar:
+        for i in range(0, len(jobs), world):
+            mine = [row for job in jobs[i + rank:i + rank + 1] for row in work(job)]
+            parts = [mine]
+            if world > 1:
+                parts = [None] * world
+                dist.all_gather_object(parts, mine)
+            new = [row for part in parts for row in part][done * (i == 0):]
+            if out and rank == 0:
+                with open(out, "a") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in new)
+            rows += new
+            bar.update(min(world, len(jobs) - i))
+    return rows
+
+
 def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
              weight_bytes=2, checkpointing=True):
-    """Bytes on the device while training, by kind. Weights of `weight_bytes`, all that is trained
-    in fp32 with gradient and two Adam moments. scored: share of the positions at which logits are
-    computed. An estimate by counting tensors, good to about 20 %; fragmentation and the
-    framework's own memory (about 1 GB) come on top."""
+    """Bytes on the device while training, or (method "adapt") while a prompt is written into fast
+    weights, by kind. Weights of `weight_bytes`, all that is trained in fp32 with gradient and two
+    Adam moments. scored: share of the positions at which logits are computed. An estimate by
+    counting tensors, good to about 20 %; fragmentation and the framework's own memory (about 1 GB)
+    come on top."""
     passes, first = 1, 0                                    # layers below `first` keep nothing
     phi = {}
+    inner = inner or memdlm.MemDLMConfig()
     with torch.device("meta"):
         module = Backbone(model_cfg)
         weights = sum(p.numel() for p in module.parameters())
-        if method == "memdlm":
-            phi = memdlm.init_phi(module, [0], inner or memdlm.MemDLMConfig())
+        if method in ("memdlm", "adapt"):
+            phi = memdlm.init_phi(module, [0], inner)
+            fast = model_cfg.n_layers - memdlm.first_fast_layer(module, inner)
         if method == "metastate":
             module = metastate.build(model_cfg, meta_cfg)
             passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
@@ -442,12 +479,19 @@ def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, met
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     tokens = batch * length
     layers = model_cfg.n_layers - first
-    ffn = model_cfg.d_ff * max(1, model_cfg.experts_per_token)
+    experts = max(1, model_cfg.experts_per_token)
+    ffn = model_cfg.d_ff * experts
     # kept for the backward pass of one layer, and what is kept where it is computed again
     layer = tokens * weight_bytes * (10 * model_cfg.d_model + 4 * ffn
                                      + 3 * model_cfg.n_heads * model_cfg.head_dim)
     inputs = tokens * weight_bytes * model_cfg.d_model * layers
-    return {"weights": weights * weight_bytes if lora or method == "metastate" else 0,
+    if method == "adapt":
+        trained, layers, checkpointing = 0, fast, False
+        closed = isinstance(inner, memdlm.ClosedBook)
+        scored = 1 / inner.masks if closed else min(1, inner.s_pre * inner.prompt_ratio)
+        # phi is computed in fp32, from a copy of its inputs
+        layer += tokens * 4 * (2 * model_cfg.d_model * experts + ffn)
+    return {"weights": weights * weight_bytes if lora or method in ("metastate", "adapt") else 0,
             "trained, gradient, Adam": 16 * trained,
             # phi, its gradient, the new phi, a temporary
             "fast weights": 16 * batch * sum(w.A.numel() + w.B.numel() for w in phi.values()),
@@ -563,9 +607,62 @@ class Viewer:
         for answer in answers:
             print(f"{self.name:>10}: {answer}")
         tokens = sum(len(row) for row in rows)
-        print(f"            {self.passes} forward passes, {tokens} tokens, "
-              f"{tokens / seconds:.1f} tokens/s, {peak_memory() / 1e9:.2f} GB peak memory")
+        print(f"            {cost(self.passes, tokens, seconds)}")
         return answers
+
+
+def cost(passes, tokens, seconds):
+    return (f"{passes:,} forward passes, {tokens:,} tokens, {tokens / seconds:.1f} tokens/s, "
+            f"{peak_memory() / 1e9:.2f} GB peak memory")
+
+
+def decode_file(args, how, backbone, tokenizer, arms):
+    """--data: its lines, with one arm after the other -> lines of --out in this order. What --out
+    holds is kept, but for half a line at its end, and not decoded again.
+    ValueError names file and line of what is wrong."""
+    given = dict(dataclasses.asdict(how), checkpoint=args.checkpoint, seed=args.seed)
+    settings = {name: value for name, value in given.items() if value is not None}
+
+    def read(raw, size):
+        prompt = isinstance(raw, dict) and (raw.get("messages") or raw.get("prompt"))
+        if not isinstance(prompt, str) and not are_messages(prompt) \
+                or {"arm", "answer", "settings"} & set(raw):
+            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", "
+                             "\"content\"}, ...]}, and no \"arm\", \"answer\", \"settings\"")
+        ids = encode_prompt(tokenizer, backbone.cfg, prompt)
+        how.filled(backbone.cfg, len(ids))
+        return raw, torch.tensor(ids)
+    raws, prompts = zip(*read_lines(args.data, read))
+    rows = [dict(raw, settings=settings, arm=arm) for arm in arms for raw in raws]
+    # 1. What is there already: each line is a row, and behind it the answer
+    old = Path(args.out).read_bytes() if Path(args.out).exists() else b""
+    whole = old[:old.rfind(b"\n") + 1]
+    kept = whole.decode().splitlines()
+    starts = [json.dumps(row)[:-1] for row in rows]
+    if len(kept) > len(rows) or not all(map(str.startswith, kept, starts)):
+        raise ValueError(f"--out {args.out} holds other answers: name another, or remove it")
+    if ranks()[0] == 0 and old:
+        os.truncate(args.out, len(whole))
+    # 2. The rest, in the batches of a run that was not stopped
+    n, began, viewers, tokens = len(raws), time.time(), [], 0
+    jobs = [range(first + i, first + min(i + args.batch_size, n))
+            for first in range(0, len(rows), n) for i in range(0, n, args.batch_size)]
+    jobs = [job for job in jobs if job.stop > len(kept)]
+
+    def work(job):
+        nonlocal tokens
+        torch.manual_seed(args.seed + job.start % n)    # the same random numbers for every arm
+        arm = rows[job.start]["arm"]
+        viewers.append(Viewer(arm, arms[arm], backbone, tokenizer))
+        ids = generate(backbone, [prompts[i % n] for i in job], memory=viewers[-1].memory,
+                       **dataclasses.asdict(how))
+        ids = [cut(row, backbone.cfg) for row in ids]
+        tokens += sum(map(len, ids))
+        return [dict(rows[i], answer=tokenizer.decode(row, skip_special_tokens=True))
+                for i, row in zip(job, ids)]
+    append_rows(jobs, work, args.out, len(kept) - jobs[0].start if jobs else 0)
+    said = cost(sum(v.passes for v in viewers), tokens, time.time() - began)
+    print(f"process {ranks()[0]}: {said}")
 
 
 def arguments():
@@ -575,8 +672,13 @@ def arguments():
     add("--checkpoint", help="a folder written by train.py, a hub name "
         "(GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
     add("--prompt", nargs="+", help="one or more prompts, decoded as one batch")
-    add("--arm", help="off | on; frozen | metastate | wiped | both (default: the plain model, then "
-        "the memory)")
+    add("--data", metavar="FILE", help="instead of --prompt: a JSONL file of {\"prompt\": text} or "
+        "{\"messages\": [...]} lines, for --out; under torchrun each process takes a share")
+    add("--out", metavar="FILE", help="--data's lines with \"arm\" and \"answer\"; started again, "
+        "the command goes on after the last of them")
+    add("--batch_size", type=int, default=8, help="--data: lines decoded at once (default: 8)")
+    add("--arm", nargs="+", help="off | on; frozen | metastate | wiped | both (default: the plain "
+        "model, then the memory)")
     add_flags(parser, Decoding)
     add("--chat", action=argparse.BooleanOptionalAction,
         help="prompts go through the chat template (default: as trained)")
@@ -607,8 +709,12 @@ def main():
     if args.explain and not args.checkpoint:
         any_model = BackboneConfig(family="llada", max_len=sys.maxsize)
         return print(how.filled(any_model).explain())
-    if not args.checkpoint or not (args.prompt or args.explain):
-        parser.error("--checkpoint and --prompt are needed")
+    if not args.checkpoint or not (args.prompt or args.explain or args.data and args.out):
+        parser.error("--checkpoint and --prompt, or --data and --out, are needed")
+    if args.batch_size < 1:
+        parser.error("--batch_size must be at least 1")
+    if args.data:
+        join_ranks(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype, args.chat)
     hidden = None
@@ -617,14 +723,15 @@ def main():
     how = how.filled(backbone.cfg)
     if args.explain:
         return print(how.explain())
-    if args.arm and args.arm not in arms:
-        raise ValueError(f"this checkpoint has the arms {', '.join(arms)}, not {args.arm}")
+    arms = chosen_arms(arms, args.arm or list(arms)[:2])
+    if args.data:
+        return decode_file(args, how, backbone, tokenizer, arms)
     prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt]
     if args.html:
         # a path that cannot be written is refused before the work
         Path(args.html).touch()
-    viewers = [Viewer(name, arms[name], backbone, tokenizer, args.watch, bool(args.html))
-               for name in ([args.arm] if args.arm else list(arms)[:2])]
+    viewers = [Viewer(name, memory, backbone, tokenizer, args.watch, bool(args.html))
+               for name, memory in arms.items()]
     answers = []
     for viewer in viewers:
         # the arms see the same random numbers

@@ -2551,7 +2551,7 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
     assert niah.answer_budget(tokenizer) >= longest + 1
     arguments = (model, tokenizer, {"off": memory}, ["resolve"])
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
-    niah.recompute(*arguments, 64, 1, 0, 2, gen_length=12)
+    niah.evaluate(*arguments, [64], 1, 0, gen_length=12, passes=2)
     exposure(*arguments, 64, 1, 0, gen_length=12)
     assert len(seen) >= 3
     for prompt, gen_length in seen:
@@ -3633,7 +3633,7 @@ def learned_recall(tmp_path_factory):
         patch.setattr(sys, "argv", ["train.py"])
         run_train("--method", "metastate")
         backbone, tokenizer, arms = sample.load_arms("runs/metastate", "cpu")
-    rows = niah.recompute(backbone, tokenizer, arms, ["resolve"], 64, 500, 2, 5)
+    rows = niah.evaluate(backbone, tokenizer, arms, ["resolve"], [64], 500, 2, passes=5)
 
     def recall(arm, passes, hops=range(5)):
         some = [row["recall"] for row in rows if row["arm"] == arm and row["steps"] == passes

@@ -37,11 +37,11 @@ from tqdm import tqdm
 import memdlm
 import metastate
 import niah
-from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags, cli,
-                      config_from_json, corrupt, default_device, encode, encode_pair, find_folder,
-                      given_flags, load_backbone, load_tokenizer, masked_loss, option, read_json,
-                      read_lines, sample_t, save_adapter, save_backbone, write_atomically,
-                      write_json)
+from backbone import (Backbone, BackboneConfig, adapter_base, adapter_config, add_flags,
+                      are_messages, cli, config_from_json, corrupt, default_device, encode,
+                      encode_pair, find_folder, given_flags, load_backbone, load_tokenizer,
+                      masked_loss, option, read_json, read_lines, sample_t, save_adapter,
+                      save_backbone, write_atomically, write_json)
 from memdlm import ClosedBook
 from metastate import MetaStateConfig
 from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, peak_memory, ranks,
@@ -265,11 +265,9 @@ def is_example(raw):
     pair = [{"role": "user", "content": raw.get("prompt")},
             {"role": "assistant", "content": raw.get("response")}]
     turns = raw.get("messages", pair)
-    return (isinstance(turns, list) and len(turns) > 1
-            and all(isinstance(turn, dict) and isinstance(turn.get("content"), str)
-                    and all(turn.get(k, raw.get(k)) in (None, 1, "", []) for k in DROPPED)
-                    and turn.get("role") in ("system", "user", "assistant") for turn in turns)
-            and turns[-1]["role"] == "assistant")
+    return (are_messages(turns) and len(turns) > 1 and turns[-1]["role"] == "assistant"
+            and all(turn.get(k, raw.get(k)) in (None, 1, "", []) for k in DROPPED
+                    for turn in turns))
 
 
 def encode_example(raw, tokenizer, model_cfg, closed):
