@@ -2415,7 +2415,7 @@ def test_pairs_of_the_evaluation_never_occur_in_training():
 def test_all_evaluations_ask_about_pairs_that_are_held_out():
     model = load_backbone("tiny", "cpu")
     arguments = (model, load_tokenizer("tiny"), {"off": sample.no_memory}, ["multikey"])
-    rows = niah.evaluate(*arguments, [16], 20, 0) + niah.recompute(*arguments, 16, 20, 0, 1)
+    rows = niah.evaluate(*arguments, [16], 20, 0) + niah.evaluate(*arguments, [16], 20, 0, passes=1)
     rows += niah.closed_book(*arguments[:2], CLOSED, ["none"], [4], [0], 20, 0)
     assert len(rows) == 60
     for row in rows:
@@ -2473,6 +2473,206 @@ def test_a_story_counts_only_if_the_place_is_the_only_one_named():
         assert niah.scored(s, ids, tokenizer, config)["recall"] == value
 
 
+RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
+          "length": 20, "answer_prefix": " =", "index": 7},
+         {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
+BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "target": "kitchen"}]
+LIST = [{"input": "list of words", "outputs": ["mary", "john"]}]
+HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
+GIFTS = {"input": "", "question": "what?", "target": "apple,milk"}
+
+
+def write_prompts(lines):
+    """prompts.jsonl, and a checkpoint in `saved`."""
+    write_lines("prompts.jsonl", lines)
+    torch.manual_seed(0)
+    bb.save_backbone(load_backbone("tiny", "cpu"), "saved", load_tokenizer("tiny"))
+
+
+def write_lines(file, lines):
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def rows_in(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("file, line, output, found, exact", [
+    ("niah_single_1.jsonl", RULER[0], "it is 47", 0.5, 0.0),
+    ("niah_single_1.jsonl", RULER[0], "30 and 47", 1.0, 0.0),
+    ("niah_single_1.jsonl", RULER[0], "47 30", 1.0, 1.0),
+    ("vt/validation.jsonl", LIST[0], "MARY", 0.5, 0.0),
+    ("qa_1/validation.jsonl", LIST[0], "MARY", 1.0, 0.0),
+    ("qa1_4k.jsonl", BABILONG[0], "In the Kitchen. Or the office.", 1.0, 1.0),
+    ("qa1.jsonl", BABILONG[0], "kitchen or office", 1.0, 0.0),
+    ("qa1.jsonl", HEDGE, "From the kitchen to the hallway", 1.0, 1.0),
+    ("qa1.jsonl", HEDGE, "I do not know. The hallway", 1.0, 0.0),
+    ("qa2/4k.jsonl", BABILONG[0], "office", 0.0, 0.0),
+    ("qa8.jsonl", GIFTS, "milk and apple", 0.0, 1.0)], ids=itertools.count())
+def test_a_benchmarks_line_is_scored_by_its_own_rules(here, monkeypatch, file, line, output, found,
+                                                      exact):
+    monkeypatch.setattr(niah, "encode_prompt", lambda *a: [3])
+    _, [s], _ = niah.read_benchmark(write_lines(file, [line]), random_backbone(), None)
+    assert s.score(output) == (found, exact)
+
+
+def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long_is_counted(
+        here, capsys):
+    small_folder(here / "moe", "llada_moe", max_position_embeddings=52)
+    ruler = write_lines("vt/validation.jsonl",
+                        [RULER[0], {"input": "river " * 23, "outputs": ["47"]}, *RULER])
+    files = [ruler, write_lines("qa1_4k.jsonl", BABILONG)]
+    argv = ["--checkpoint", "moe", "--device", "cpu", "--data", *files]
+    assert main_of(niah, argv) == 0
+    said = capsys.readouterr().out
+    assert "left out 1 of 4 samples longer than the model's limit of 52 tokens, 30 of" in said
+    # one batch for each file and arm; two inner steps to write each of the files' batches
+    assert f"at most {2 * (30 + 16)} forward passes and 4 inner steps" in said
+    rows = rows_in("moe/benchmark.jsonl")
+    assert [(r["task"], r["arm"], r["length"], r["steps"]) for r in rows] == [
+        *[("vt", "off", 20, 30)] * 3, *[("vt", "on", 20, 30)] * 3,
+        ("qa1", "off", 7, 16), ("qa1", "on", 7, 16)]
+    # what one arm says of the first line is what the model says after text and prefix
+    first, last = rows[0], rows[-1]
+    assert (first["prompt"], first["index"], first["refs"]) == (RULER[0]["input"], 7, ["47", "30"])
+    backbone, tokenizer, _ = sample.load_arms("moe", "cpu")
+    prompt = torch.tensor([tokenizer.encode(RULER[0]["input"] + " =")])
+    ids = sample.generate(backbone, prompt, gen_length=30)[0]
+    assert first["output"] == tokenizer.decode(sample.cut(ids, backbone.cfg))
+    assert last["prompt"] == "mary moved kitchen .\n? where mary"
+    assert last["recall"] == float("kitchen" in last["output"])
+
+
+@pytest.mark.parametrize("line, message", [
+    ([], "expected RULER"), ({"input": "river", "outputs": "47"}, "expected RULER"),
+    ({"input": "river", "outputs": [""]}, "expected RULER"),
+    ({"input": "river", "target": "kitchen"}, "expected RULER"),
+    ({**BABILONG[0], "target": "moon"}, "no answer of"),
+    ({"input": "unheard-of", "outputs": ["47"]}, "words outside the closed vocabulary")])
+def test_a_wrong_line_of_a_benchmark_is_named_with_file_and_line(here, line, message):
+    file = write_lines("qa1.jsonl", [RULER[0], line])
+    with pytest.raises(ValueError, match=f"qa1.jsonl, line 2: .*{message}"):
+        niah.read_benchmark(file, load_backbone("tiny", "cpu"), load_tokenizer("tiny"))
+
+
+PROMPTS = [{"prompt": "river = 47 . ? river =", "task_id": "HumanEval/0"},
+           {"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}]},
+           {"prompt": "? river ="}]
+DECODE = ["--checkpoint", "saved", "--device", "cpu", "--data", "prompts.jsonl", "--batch_size",
+          "2", "--temperature", "1"]
+
+
+def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_whole_line(
+        here, capsys):
+    write_prompts(PROMPTS)
+    assert main_of(sample, [*DECODE, "--out", "whole.jsonl"]) == 0
+    assert re.search(r"\d+ forward passes, \d+ tokens, [\d.]+ tokens/s", capsys.readouterr().out)
+    rows = rows_in("whole.jsonl")
+    assert [row["arm"] for row in rows] == ["off"] * 3 + ["on"] * 3
+    for row, given in zip(rows, PROMPTS * 2):
+        assert given.items() <= row.items() and isinstance(row["answer"], str)
+    whole = Path("whole.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for kept in (10, ends[0], ends[3] + 10, ends[5]):
+        Path("parts.jsonl").write_bytes(whole[:kept])
+        assert main_of(sample, [*DECODE, "--out", "parts.jsonl"]) == 0
+        assert Path("parts.jsonl").read_bytes() == whole
+    # answers with other settings are never mixed
+    assert main_of(sample, [*DECODE, "--out", "whole.jsonl", "--steps", "3"]) == 2
+    assert "holds other answers" in capsys.readouterr().err
+    assert Path("whole.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("line, message", [
+    ([], "expected"), ({"prompt": 1}, "expected"), ({"messages": [{"role": "user"}]}, "expected"),
+    ({"prompt": "river", "answer": "47"}, "no \"arm\", \"answer\""),
+    ({"prompt": "unheard-of"}, "outside the closed"), ({"prompt": "river " * 9000}, "limit of")])
+def test_a_wrong_line_of_prompts_is_named_before_anything_is_decoded(here, capsys, line, message):
+    write_prompts([PROMPTS[0], line])
+    assert main_of(sample, [*DECODE, "--out", "rows.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "prompts.jsonl, line 2: " in said and message in said
+    assert not Path("rows.jsonl").exists()
+
+
+TWO_RANKS = """
+import sys, niah, sample
+from backbone import cli
+sample.join_ranks(sample.argparse.Namespace(device="cpu"))
+niah.join_ranks = sample.join_ranks = lambda how: None
+decode, evaluate = sys.argv[1].split(), sys.argv[2].split()
+sys.argv = ["sample.py", *decode]
+sample.main()
+sys.argv = ["niah.py", *evaluate, "--out", "two.jsonl"]
+niah.main()
+generate, calls = niah.generate, []
+
+def failing(*inputs, **settings):
+    calls.append(1)
+    if niah.ranks()[0] == 1 and len(calls) == 2:
+        raise ValueError("the power is gone")
+    return generate(*inputs, **settings)
+niah.generate = failing
+sys.argv = ["niah.py", *evaluate, "--out", "dead.jsonl"]
+cli(niah.main)
+"""
+
+
+def test_two_processes_write_the_rows_of_one_and_a_dead_one_ends_the_run(here, capsys):
+    write_prompts(PROMPTS)
+    evaluate = ["--checkpoint", "saved", "--device", "cpu", "--n", "3", "--lengths", "32", "64",
+                "--tasks", "single", "common", "resolve"]
+    assert main_of(sample, [*DECODE, "--out", "one_prompts.jsonl"]) == 0
+    assert main_of(niah, [*evaluate, "--out", "one.jsonl"]) == 0
+    table = capsys.readouterr().out.split("recall by length")[1].split(" answers,")[0]
+    Path("two.py").write_text(TWO_RANKS)
+    decode = " ".join([*DECODE, "--out", "two_prompts.jsonl"])
+    ended = in_two_processes("two.py", decode, " ".join(evaluate), check=False)
+    for one, two in (("one_prompts.jsonl", "two_prompts.jsonl"), ("one.jsonl", "two.jsonl")):
+        assert Path(one).read_bytes() == Path(two).read_bytes()
+    assert ended.stdout.count(table) == 1
+    # the second process died in its second turn: the first turn's rows are there
+    assert ended.returncode and "error: the power is gone" in ended.stderr
+    assert rows_in("dead.jsonl") == rows_in("one.jsonl")[:6]
+
+
+class LargestLogits(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most rows of a tensor whose last dimension is the vocabulary."""
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (1999,):
+                self.rows = max(self.rows, x.numel() // 1999)
+        return out
+
+
+def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
+    """Writing a prompt masks 0.2, then 0.3 of it; decoding looks at the answer alone."""
+    model = random_backbone(vocab_size=1999, conv_width=0)
+    prompt = torch.randint(3, 1999, (1, 1000))
+    with LargestLogits() as largest:
+        memdlm.adapt_to_prompt(model, prompt, torch.ones_like(prompt).bool(), MEM)
+    assert largest.rows == 300
+    with LargestLogits() as largest:
+        sample.generate(model, prompt, gen_length=40, steps=1, memory=memdlm.prompt_memory(MEM))
+    assert largest.rows == 300
+    with LargestLogits() as largest:
+        sample.generate(model, prompt, gen_length=40, steps=1)
+    assert largest.rows == 40
+
+
+def test_writing_8192_tokens_into_llada_moe_is_estimated_to_fit_a_card_of_80_gb():
+    moe = bb.config_from_json(REAL["llada_moe"])
+    parts = sample.estimate(moe, "adapt", 1, 8192, 0)
+    assert parts["weights"] == 2 * 7_356_880_896 and parts["trained, gradient, Adam"] == 0
+    # logits at 0.3 of the tokens; the fast weights of 2 layers, 64 experts, 3 matrices of rank 32
+    assert parts["logits"] == 2457 * 157184 * 10
+    assert parts["fast weights"] == 16 * 2 * 64 * 3 * 32 * (2048 + 1024)
+    assert sum(parts.values()) < 30e9
 def counting(memory, calls):
     def counted(*inputs):
         calls.append(inputs)
@@ -2805,13 +3005,13 @@ def test_the_closed_book_is_hidden_from_the_canvas_and_exact_in_its_last_steps(h
     assert all(b.text.any() and not (b.text & b.attend).any() for b in batches)
 
 
-def run_train_in_processes(number, *argv):
-    """train.py under torchrun, `number` processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}",
-               "--standalone", HERE / "train.py", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*map(str, command)], check=True, capture_output=True, timeout=300,
-                   env=environment)
+def in_two_processes(script, *argv, check=True):
+    """A script under torchrun, two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               script, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([*map(str, command)], check=check, capture_output=True, timeout=300,
+                          env=environment, text=True)
 
 
 def write_data(file, n):
@@ -2821,22 +3021,23 @@ def write_data(file, n):
     Path(file).write_text("\n".join(rows))
 
 
-def llada_folder(folder):
-    """A miniature LLaDA with the tiny tokenizer, and data.jsonl beside it."""
-    sizes = dict(vocab_size=139, embedding_size=139, mask_token_id=1, eos_token_id=2)
-    write_checkpoint(folder, "llada", **sizes)
+def small_folder(folder, family="llada", **more):
+    """A miniature of a real backbone with the tiny tokenizer."""
+    sizes = dict(vocab_size=139, embedding_size=139, mask_token_id=1, eos_token_id=2, **more)
+    known = {name: value for name, value in sizes.items() if name in CONFIGS[family]}
+    write_checkpoint(folder, family, **known)
     load_tokenizer("tiny").save_pretrained(folder)
-    write_data("data.jsonl", 40)
 
 
 def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
-    llada_folder(here / "base")
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
     options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
                "--lr", "1e-2", "--lora", 4, "--lora_dropout", 0, "--rank", 4, "--n_eval", 0,
                "--max_len", 64,
                "--device", "cpu"]
     run_train(*options, "--batch_size", 4, "--out", "one")
-    run_train_in_processes(2, *options, "--batch_size", 2, "--out", "two")
+    in_two_processes(HERE / "train.py", *options, "--batch_size", 2, "--out", "two")
     losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -2896,7 +3097,8 @@ def test_another_format_is_named_with_the_line_that_converts_it(here, data, kind
 
 
 def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_spelled(here):
-    llada_folder(here / "base")
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
     options = ["--method", "mdlm", *SMALL, "--max_len", 64, "--save_every", 1, "--steps", 2]
     with killed_at(1):
         run_train(*options, "--backbone", "base", "--data", "data.jsonl", "--out", "run")
@@ -2916,7 +3118,8 @@ def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_sp
 
 
 def test_all_weights_are_never_trained_in_bf16(here):
-    llada_folder(here / "base")
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
     options = ["--method", "mdlm", *SMALL, "--backbone", "base", "--data", "data.jsonl",
                "--max_len", 64, "--steps", 1, "--dtype", "bfloat16"]
     with pytest.raises(ValueError, match="--lora 0 .*: add --dtype float32"):
@@ -3262,7 +3465,8 @@ def test_metastates_memory_estimate_counts_every_unrolled_step():
 
 
 def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
-    llada_folder(here / "base")
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
     run_train("--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--epochs", 1,
               "--device", "cpu", "--n_eval", 0, "--max_len", 64)
     state = train.read_state("runs/memdlm/resume.pt")
@@ -3293,7 +3497,8 @@ def test_defaults_depend_on_the_backbone_and_on_the_data():
 
 
 def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here, monkeypatch):
-    llada_folder(here / "base")
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
     options = ["--method", "mdlm", "--backbone", "base", "--data", "data.jsonl", "--max_len", 64,
                "--steps", 4, "--lora", 4, "--lora_dropout", 0.5, "--save_every", 2, "--lr", "1e-2",
                "--n_eval", 0, "--device", "cpu"]
