@@ -517,7 +517,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
 
 CLOSED_ARMS = {
     "none": "no phi: the question alone",
-    "blind": "phi of the text, written before the question is known",
+    "written": "phi of the text, written before the question is known",
     "phi": "phi of the text, and of the question behind it",
     "other": "control: phi of another text",
     "random": "control: random factors of equal norm",

@@ -396,7 +396,7 @@ def close_book(backbone, tokenizer, texts, folder):
         contexts.append(text[:at].strip())
         questions.append(text[at:])
     phi, *hidden = write_texts(backbone, tokenizer, contexts, inner_loop_settings(folder))
-    return questions, {"none": no_memory, "blind": memdlm.fixed_memory(phi)}, hidden
+    return questions, {"none": no_memory, "written": memdlm.fixed_memory(phi)}, hidden
 
 
 def peak_memory():

@@ -1546,7 +1546,7 @@ def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(her
     argv = ["--checkpoint", "tiny", "--device", "cpu", "--html", "page.html"]
     assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
     row = Page(Path("page.html").read_text()).data["rows"][0]
-    assert [arm["name"] for arm in row["arms"]] == ["none", "blind"]
+    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
     assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
                                                            "? river =".split()]
 
@@ -1570,12 +1570,12 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
     longer = "stone = 12 . the sky is blue . ? stone ="
     questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
     assert questions == ["? stone =", question]
-    assert list(arms) == ["none", "blind"]
+    assert list(arms) == ["none", "written"]
     written = text.strip().removesuffix(question).strip()
     ids = torch.tensor([bb.encode(tokenizer, written)])
     every = torch.ones_like(ids, dtype=torch.bool)
     expected = memdlm.adapt_to_prompt(model, ids, every, MemDLMConfig())
-    _, phi = arms["blind"](model, ids, None, 0)
+    _, phi = arms["written"](model, ids, None, 0)
     for name, w in expected.items():
         torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
 
@@ -1593,7 +1593,7 @@ def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys
     assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
-    assert len(re.findall(r"^ +blind: ", said, flags=re.M)) == 2
+    assert len(re.findall(r"^ +written: ", said, flags=re.M)) == 2
     assert "of 2 answers" in said
 
 
@@ -2778,14 +2778,14 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
     phi = {arm: niah.phi_of_arm(model, tokenizer, samples, arm, CLOSED)
            for arm in niah.CLOSED_ARMS}
     assert phi["none"] is None and phi["open"] is None
-    for name, w in phi["blind"].items():
+    for name, w in phi["written"].items():
         assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
         torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
         assert not torch.equal(phi["uncovered"][name].B, w.B)
     # one step from B = 0, then: the same the other way round
     once = dataclasses.replace(CLOSED, masks=1, chunk=0)
     blind, flipped = (niah.phi_of_arm(model, tokenizer, samples, arm, once)
-                      for arm in ("blind", "flipped"))
+                      for arm in ("written", "flipped"))
     assert all(torch.equal(flipped[name].B, -w.B) for name, w in blind.items())
     assert any(w.B.any() for w in blind.values())
 
@@ -2798,7 +2798,7 @@ def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
     inner = dataclasses.replace(CLOSED, chunk=16)
     phi = niah.phi_of_arm(model, tokenizer, samples, "phi", inner)
     for row, s in enumerate(samples):
-        one = niah.phi_of_arm(model, tokenizer, [s], "blind", inner)
+        one = niah.phi_of_arm(model, tokenizer, [s], "written", inner)
         ids = torch.tensor([tokenizer.encode(s.question)])
         every = torch.ones_like(ids, dtype=torch.bool)
         one = memdlm.write_chunk(model, one, ids, every, every, inner, False, 0.0)
@@ -2810,7 +2810,8 @@ def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
     model = load_backbone("tiny", "cpu")
     tokenizer = load_tokenizer("tiny")
     out = tmp_path / "rows.jsonl"
-    rows = niah.closed_book(model, tokenizer, CLOSED, ["none", "blind"], [2, 4], [0, 40], 3, 0, out)
+    arms = ["none", "written"]
+    rows = niah.closed_book(model, tokenizer, CLOSED, arms, [2, 4], [0, 40], 3, 0, out)
     assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
     first = json.loads(out.read_text().splitlines()[0])
     assert {"arm", "facts", "length", "recall"} <= first.keys()
@@ -2828,12 +2829,12 @@ def test_a_length_that_so_many_facts_do_not_fit_is_left_out():
 
 def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
     argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--n", "2",
-            "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "blind"]
+            "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "written"]
     assert main_of(niah, argv) == 0
     rows = [json.loads(line) for line in Path("closed_book.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 2 * 2
     cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
-    assert cells == {(a, f, n) for a in ("none", "blind") for f in (1, 3) for n in (0, 32)}
+    assert cells == {(a, f, n) for a in ("none", "written") for f in (1, 3) for n in (0, 32)}
     assert all(row["recall"] in (0.0, 1.0) for row in rows)
     assert "facts alone" in capsys.readouterr().out
 
@@ -4825,12 +4826,12 @@ DECODED = "--lengths 64 --n 500 --seed 1000 --arms frozen {arm}", "niah.jsonl"
 BY_LENGTH = ("--tasks resolve --lengths 64 128 256 --n 500 --seed 1000 --arms frozen {arm}",
              "niah.jsonl")
 HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 --n 200 --seed 1000 --arms none "
-          "blind phi other", "closed_book.jsonl")
-CAPACITY = ("--closed_book --facts 1 2 4 8 16 24 --lengths 0 --n 200 --seed 1000 --arms blind",
+          "written phi other", "closed_book.jsonl")
+CAPACITY = ("--closed_book --facts 1 2 4 8 16 24 --lengths 0 --n 200 --seed 1000 --arms written",
             "capacity.jsonl")
 BOTH = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms none open "
-        "blind phi open+phi other", "reads.jsonl")
-FAR = ("--closed_book --facts 4 8 --lengths 2048 4096 --n 100 --seed 1000 --arms blind",
+        "written phi open+phi other", "reads.jsonl")
+FAR = ("--closed_book --facts 4 8 --lengths 2048 4096 --n 100 --seed 1000 --arms written",
        "far.jsonl")
 WRONG = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms random "
          "flipped uncovered", "wrong.jsonl")
@@ -4904,8 +4905,8 @@ class Table(NamedTuple):
 TABLES = {
     "reads": Table(
         ["reads"], BOTH, "length",
-        "three seeds: blind 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; "
-        "open+phi 99 to 100, 48 to 69; phi as blind; none and other 0 to 4"),
+        "three seeds: written 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; "
+        "open+phi 99 to 100, 48 to 69; phi as written; none and other 0 to 4"),
     "far": Table(
         ["reads"], FAR, "length",
         "three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096"),
@@ -4922,7 +4923,7 @@ TABLES = {
         seeds=(0,)),
     "closed": Table(
         ["closed", "first-order", "first-order-long"], HIDDEN, "length",
-        "three seeds: blind at 64 tokens 90 to 100 (closed), 23 to 48 (first-order), 49 to 75 "
+        "three seeds: written at 64 tokens 90 to 100 (closed), 23 to 48 (first-order), 49 to 75 "
         "(first-order-long), at 1,024 81 to 95, 6 to 25, 3 to 22; none and other 0 to 4"),
     "capacity": Table(
         ["closed", "rank-4", "rank-16", "rank-64", "layers-2"], CAPACITY, "facts",
@@ -5018,11 +5019,11 @@ def test_a_table_reads_the_rows_that_the_closed_book_writes(here):
     model = random_backbone(vocab_size=139)
     file = Path("closed-seed3/closed_book.jsonl")
     file.parent.mkdir()
-    niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none", "blind"], [1, 2], [0], 3, 1,
+    niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none", "written"], [1, 2], [0], 3, 1,
                      file)
     by_facts, by_length = (table_over_seeds([file], "recall", by) for by in ("facts", "length"))
     assert [line.split()[:3] for line in by_facts.splitlines()[1:]] == [
-        ["facts", "closed", "blind"], ["facts", "closed", "none"]]
+        ["facts", "closed", "none"], ["facts", "closed", "written"]]
     assert by_facts.splitlines()[1].count("±") == 2
     assert [line.split()[0] for line in by_length.splitlines()[1:]] == ["1"] * 2 + ["2"] * 2 + [
         "all"] * 2

@@ -554,7 +554,7 @@ class Run:
 
     def recalled(self, n=50):
         """Closed book: the share of n held-out texts of four facts that phi answers from."""
-        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["blind"], [4], [0], n,
+        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["written"], [4], [0], n,
                                 0)
         return sum(r["recall"] for r in rows) / n
 
@@ -868,7 +868,7 @@ def report(run):
     if run.closed:
         flag, lengths = " --closed_book", "0 64 256 1024 4096 --n 200"
         if cfg.n_eval:
-            rows = niah.closed_book(*model, run.inner, ["none", "blind", "phi", "other", "open"],
+            rows = niah.closed_book(*model, run.inner, ["none", "written", "phi", "other", "open"],
                                     [4, 8], [0, cfg.context, 4 * cfg.context], cfg.n_eval, 1,
                                     run.out / "closed_book.jsonl")
             print("\nclosed book: the text is written into the weights, then hidden; recall in %")
