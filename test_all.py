@@ -4817,11 +4817,14 @@ RUNS = {
     "layers-2": "--method memdlm --fraction 0.5",
     "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --context 1024 --lr 1e-3 "
                   "--full_share 0 --steps 800"),
+    "published": f"--method memdlm --inner_on response {ON_PRETRAINED}",
+    "published-mdlm": f"--method mdlm {ON_PRETRAINED} --steps 400",
     "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
     "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
 
 # arguments of niah.py, and the file that its rows go to
 PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --seed 1000 --arms {arm}", "passes.jsonl"
+EIGHT = "--lengths 64 128 256 --n 200 --seed 1000 --arms off on", "niah.jsonl"
 DECODED = "--lengths 64 --n 500 --seed 1000 --arms frozen {arm}", "niah.jsonl"
 BY_LENGTH = ("--tasks resolve --lengths 64 128 256 --n 500 --seed 1000 --arms frozen {arm}",
              "niah.jsonl")
@@ -4884,14 +4887,33 @@ def learning_curve(runs, seeds):
 
 
 def losses(runs, seeds):
-    """The training loss of the last 50 steps, and the last held-out loss, memory off."""
+    """The training loss of the last 50 steps, and the last held-out loss, memory off. Both per
+    masked token: the log divides the training loss by all tokens, of which half are masked."""
     lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
     for run, seed in itertools.product(runs, seeds):
         rows = log_rows(run, seed)
-        last = [row["loss"] for row in rows[-50:]]
+        last = [2 * row["loss"] for row in rows[-50:]]
         held_out = rows[-1]["held_out_off"]
         lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
     return "\n".join(lines)
+
+
+def doses(runs, seeds):
+    """Recall by length, off and on; then on, with larger steps of the inner loop at inference."""
+    files = []
+    for run, seed in itertools.product(runs, seeds):
+        files.append(measured_rows(run, seed, EIGHT))
+        for inner_lr in 1, 3, 10:
+            copy = Path(f"runs/{run}-lr{inner_lr}-seed{seed}")
+            files.append(copy / "niah.jsonl")
+            if not files[-1].exists():
+                shutil.copytree(ensure(run, seed), copy, dirs_exist_ok=True,
+                                ignore=shutil.ignore_patterns("niah.jsonl"))
+                settings = json.loads((copy / "memory.json").read_text())
+                bb.write_json(copy / "memory.json", dict(settings, inner_lr=inner_lr))
+                run_script("niah.py", "--checkpoint", copy, "--tasks", "multikey", "tracking",
+                           "stories", *EIGHT[0].replace("off ", "").split())
+    return table_over_seeds(files, "recall", "length")
 
 
 class Table(NamedTuple):
@@ -4904,62 +4926,189 @@ class Table(NamedTuple):
 
 TABLES = {
     "reads": Table(
-        ["reads"], BOTH, "length",
-        "three seeds: written 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; "
-        "open+phi 99 to 100, 48 to 69; phi as written; none and other 0 to 4"),
+        ["reads"], BOTH, "length", """
+        Three seeds: written 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32;
+        open+phi 99 to 100, 48 to 69; phi as written; none and other 0 to 4.
+        4 facts, training seeds 0 / 1 / 2, n = 200 texts of seed 1000 (a guess: 25; +- over texts:
+        1 at 100, 3 at 95, 7 at 50), at 64, 256 and 1,024 tokens:
+          open           100 / 100 / 100      96 / 99 / 96         4 / 31.5 / 7
+          written        99.5 / 100 / 100     99 / 98 / 99.5       95 / 96.5 / 96.5
+          phi            99 / 100 / 100       99.5 / 98.5 / 99.5   95 / 97 / 96.5
+          open+phi       100 / 100 / 100      99 / 100 / 100       51.5 / 53.5 / 69
+        The training: plain MDLM on all tasks, up to 64 and then up to 256 tokens, then the closed
+        book on up to 256: 25 minutes a seed on one busy core. Its plain batches have up to 64
+        tokens. Phi is a seventh of the model's parameters; writing takes a time linear in the text.
+        Whoever writes chunks never meets a position beyond the training: one reason why weights
+        keep what this attention loses.
+        With the text in view, too (open+phi), phi loses 28 to 44 points in 1,024 tokens: no
+        training text was read and written at once. What is left is 1 to 24 points above the
+        control reads-mdlm, 8 to 24 above the attention before the closed book (--tables attention).
+        A question in one chunk with its fact costs the fact: the asked key is copied from the
+        question and not bound to its value. In 64 tokens phi gave 39 / 36.5 / 40 at first (with a
+        question about another key 99; seed 0, n = 100); so, since then, it writes the question as a
+        chunk of its own.
+        Surprise, at inference: a token's gradient is scaled by (1 - p)^gamma. Gamma is 16; without
+        it ("surprise": 0 in memory.json) written has 69.5 / 67 / 94 in 1,024 tokens and hardly less
+        than above in shorter texts.
+        Settings were chosen in three rounds, each measured on these texts (gamma on texts of seed
+        1); --clip 10 came when the inner loop of seed 1 blew up. On fresh texts, looked at once
+        (seed 2000, n = 100), written has 96 / 97 / 97 of 4 facts and 97 / 100 / 100 of 8 in 1,024
+        tokens, 99 / 100 / 100 and 94 / 100 / 99 in 64."""),
     "far": Table(
-        ["reads"], FAR, "length",
-        "three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096"),
+        ["reads"], FAR, "length", """
+        Three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096, which is 8 and 16 times the
+        longest text of the training. 4 facts, n = 100: 81 / 94 / 95 and 66 / 94 / 96."""),
     "wrong": Table(
-        ["reads"], WRONG, "length",
-        "seed 0: 0 to 4 everywhere",
+        ["reads"], WRONG, "length", """
+        Seed 0: 0 to 4 everywhere, for random phi of equal norm, reversed gradient steps, and a phi
+        for which the asked value was no target. (None and other of --tables reads: 0 to 4, too, in
+        three seeds.)""",
         seeds=(0,)),
     "attention": Table(
-        ["pretrained-256", "reads-mdlm"], IN_VIEW, "length",
-        "three seeds: 99 to 100 up to 256 tokens, at 1,024 35 to 49 and 27 to 57"),
+        ["pretrained-256", "reads-mdlm"], IN_VIEW, "length", """
+        Three seeds: 99 to 100 up to 256 tokens, at 1,024 35 to 49 and 27 to 57.
+        4 facts, at 64, 256 and 1,024 tokens:
+          pretrained-256 (before the closed book)    100 / 100 / 100   100 / 100 / 100
+                                                     35 / 45.5 / 45.5
+          reads-mdlm (control)                       100 / 100 / 100   100 / 100 / 100
+                                                     27.5 / 52.5 / 53
+        The control starts from the same model and learns this task alone, the text in view, up to
+        24 facts (the closed book: 12): 7 minutes (the closed book: 9). Its loss is 0 from the
+        second on."""),
     "long-attention": Table(
-        ["open-long"], IN_VIEW, "length",
-        "seed 0: 97 to 100 everywhere",
+        ["open-long"], IN_VIEW, "length", """
+        Seed 0: 97 to 100 everywhere; 99 for 4 facts in 1,024 tokens. Attention trained on up to
+        1,024 tokens reads them (18 minutes): that it fades in --tables reads is no law.""",
         seeds=(0,)),
     "closed": Table(
-        ["closed", "first-order", "first-order-long"], HIDDEN, "length",
-        "three seeds: written at 64 tokens 90 to 100 (closed), 23 to 48 (first-order), 49 to 75 "
-        "(first-order-long), at 1,024 81 to 95, 6 to 25, 3 to 22; none and other 0 to 4"),
+        ["closed", "first-order", "first-order-long"], HIDDEN, "length", """
+        Three seeds: written at 64 tokens 90 to 100 (closed), 23 to 48 (first-order), 49 to 75
+        (first-order-long), at 1,024 81 to 95, 6 to 25, 3 to 22; none and other 0 to 4.
+        Arm written, training seeds 0 / 1 / 2: the facts alone, 64, 256 and 1,024 tokens:
+          closed, 4 facts            99 / 99.5 / 100     99.5 / 98.5 / 96.5
+                                     99 / 98.5 / 98      94.5 / 91.5 / 90.5
+          closed, 8 facts            98.5 / 99.5 / 98.5  96 / 97.5 / 90
+                                     93 / 94 / 90.5      88 / 88.5 / 81.5
+          first-order, 4 facts       83.5 / 90 / 86.5    48 / 47.5 / 37
+                                     29.5 / 35 / 30      19.5 / 25 / 18.5
+          first-order-long, 4 facts  85 / 89.5 / 94.5    75 / 61.5 / 72
+                                     57.5 / 35 / 45      22 / 7 / 17.5
+        closed: `python train.py --method memdlm`, no pretraining, 5 minutes. Its model cannot read.
+        first-order: --exact_from 1, nothing flows back through the inner steps (Eq. 10), to the
+        end. first-order-long: the same for as many seconds as closed, 3,000 steps.
+        First order binds values to keys; the exact gradient keeps them bound in longer texts.
+        Surprise counts more here than in --tables reads: gamma is 8; with 0, 4 facts in 1,024
+        tokens give 18 / 14 / 54, with 4 89 / 84 / 87.5."""),
     "capacity": Table(
-        ["closed", "rank-4", "rank-16", "rank-64", "layers-2"], CAPACITY, "facts",
-        "seed 0, 1 to 24 facts: rank 4 98, 49, 18, 10, 2, 1 (the values without their keys), "
-        "others 97 to 100 up to 8, then rank 16 92 and 61, rank 32 (closed) 97 and 68, rank 64 98 "
-        "and 74, two layers 98 and 88",
+        ["closed", "rank-4", "rank-16", "rank-64", "layers-2"], CAPACITY, "facts", """
+        Seed 0, 1 to 24 facts alone: rank 4 98, 49, 18, 10, 2, 1 (the values without their keys: a
+        guess); others 97 to 100 up to 8, then rank 16 92 and 61, rank 32 (closed) 97 and 68, rank
+        64 98 and 74, rank 32 in two of the three layers (--fraction 0.5) 98 and 88. Of 24 facts,
+        twice the most of the training, rank 16 / 32 / 64 keep 61 / 68.5 / 73.5.""",
         seeds=(0,)),
     "curve": Table(
-        ["closed", "first-order"], learning_curve, "",
-        "equal up to step 960 (92 to 94); from there closed 98 to 100, first-order 80 to 96"),
+        ["closed", "first-order"], learning_curve, "", """
+        Up to step 960, facts alone, both are one run: 94 / 94 / 92 there (n = 50). Then the texts
+        grow, and closed turns exact: closed 98 to 100, first-order 80 to 96."""),
+    "published": Table(
+        ["published", "published-mdlm"], doses, "length", """
+        EXPECTED_PUBLISHED"""),
     "hops": Table(
         ["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"], PASSES,
-        "steps",
-        "metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and feedback the same, "
-        "or (seed 2) 10 points less; no-curriculum 57, 94, 81 after 5; the others 57 to 63 at "
-        "every pass, but for lora in seed 1: 70"),
+        "steps", """
+        metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and feedback the same, or
+        (seed 2) 10 points less; no-curriculum 57, 94, 81 after 5; the others 57 to 63 at every
+        pass, but for lora in seed 1: 70. A question of no hop is always answered, of the others
+        half by a guess: 20 + 40 = 60 is the floor.
+        After 5 passes, n = 500, +- 1 to 4, training seeds 0 / 1 / 2:
+          metastate (114,304 parameters beside a backbone of 178,944)         98.4 / 96.0 / 95.8
+          detached: carried, but no gradient through earlier steps            94.0 / 94.6 / 86.0
+          feedback: all activations carried, through an MLP (49,728)          98.0 / 95.8 / 85.8
+          frozen: the backbone alone                                          59.0 / 60.4 / 61.8
+          reset: as many live parameters, nothing crosses a step              58.2 / 59.8 / 61.8
+          logits: the last prediction fed back (soft masking; 2 parameters)   57.4 / 60.2 / 62.4
+          no-curriculum (--curriculum 0)                                      57.4 / 94.2 / 81.4
+          six layers from noise, plain MDLM, 16 minutes (n_layers in
+          backbone.py; one pass)                                              59.8 / 57.6 / 59.0
+        For LoRA and all weights: --tables rates. Up to 8 minutes a row and seed but for the last.
+        By hops (down) and passes (across), seed 0, about 100 texts a row, +- 10 at 50; 250 at 5 and
+        6 hops, which no training text has (--tasks more_hops --passes 9):
+          hops 0        100   100   100   100   100   100   100   100
+          hops 1         46   100   100   100   100   100   100   100
+          hops 2         54    44    99    99    97    97    96    96
+          hops 3         51    47    50    99   100   100    99    98
+          hops 4         51    49    47    47    95    95    94    94
+          hops 5         46    48    50    50    50    83    80    76
+          hops 6         51    55    56    54    54    52    72    71
+        A question of h hops is answered after h + 1 passes, of 1 to 6 hops 100, 100, 97, 86, 77, 64
+        % in seed 1 and 100, 97, 89, 89, 78, 66 in seed 2; one pass before, of up to 4 hops, it is
+        nearly a guess (42 to 65). The frozen model computes the same logits at every pass.
+        What counts is that activations are carried: feedback, which has no slots, walks too, and
+        training through time adds 1 to 10 points. As published, without our curriculum, one seed
+        learns nothing and one nearly all: the curriculum makes it sure (real backbones have none by
+        default). That a frozen model answers no question with a hop at once is true of these models
+        of three and six layers, and of this training."""),
+    "rates": Table(
+        ["lora", "lora-1e-3", "lora-3e-4", "all-weights"], PASSES, "steps", """
+        At every pass 57 to 61, but in seed 1, where one hop is learned, 70 (lora-3e-4: 61).
+        Training seeds 0 / 1 / 2, n = 500; each trains as many CPU seconds as MetaState, on the same
+        mix of tasks (of MetaState's updates the first 40 % are on resolve alone):
+          LoRA of rank 30, lr 3e-3   57.0 / 70.0 / 59.2
+                           lr 1e-3   58.0 / 70.0 / 60.0
+                           lr 3e-4   56.8 / 60.8 / 60.4
+          all weights, lr 1e-3       58.0 / 70.0 / 61.4
+        Without a carry, more training learns one hop at best (seed 1: 92 to 93 %); of 2 to 4 hops
+        (chance 50) LoRA and all weights answer 54 there, MetaState 94."""),
     "sizes": Table(
         [*(f"slots-{n}" for n in (2, 4, 8, 16)), *(f"unroll-{n}" for n in (1, 2, 4, 8)),
-         "lambda-0", "lambda-1"], PASSES, "steps",
-        "after 5 passes, three seeds: 56 to 61, 57 to 61, 64 to 71, 86 to 95; 58 and more, 68 to "
-        "76, 89 to 97, 98 to 100; 94 to 99 twice"),
+         "lambda-0", "lambda-1"], PASSES, "steps", """
+        After 5 passes, training seeds 0 / 1 / 2:
+          2 slots in place of 32     56.4 / 61.0 / 61.4
+          4                          57.6 / 59.4 / 61.0
+          8                          64.0 / 71.4 / 64.2
+          16                         95.2 / 92.4 / 86.6
+          K = 1 in place of 5        58.4 / 58.0 / 60.6
+          K = 2                      68.0 / 76.4 / 68.8
+          K = 4                      96.4 / 93.4 / 89.6
+          K = 8                      99.4 / 98.2 / 98.6
+          lambda = 0 in place of 0.5 98.6 / 97.6 / 94.2
+          lambda = 1                 98.8 / 95.2 / 96.2
+        K: steps of an update. Lambda: weight of all masked tokens; it acts after the curriculum.
+        K = 1 learns no hop, K = 2 one (two in seed 1), K = 8 a little more than 5."""),
     "places": Table(
-        [f"places-{length}-slots-{n}" for length, n in PLACES], BY_LENGTH, "length",
-        "seed 0, at 64, 128, 256 tokens: 99, 68, 63; 93, 96, 66; 99, 99, 66; 56, 61, 63; 95, 97, "
-        "96; 99, 100, 98; frozen 56, 61, 63",
+        [f"places-{length}-slots-{n}" for length, n in PLACES], BY_LENGTH, "length", """
+        resolve, six decoding steps, seed 0, n = 500, at 64, 128, 256 tokens, on a backbone that was
+        trained on up to 256 tokens (pretrained-256) and answers all questions without a hop there:
+          frozen                                       56.4   61.0   62.6
+          32 slots, trained on up to 64 tokens         98.6   67.8   63.2
+          32 slots, on up to 128 (--length 128 --span 128: spread over as many at first)
+                                                       93.0   96.2   65.8
+          64 slots, the same                           99.4   98.6   66.4
+          32 slots, on up to 256: did not learn        56.0   60.8   62.8
+          64 slots, the same                           94.6   96.6   96.2
+          128 slots, the same (18 minutes)             99.4   99.8   97.8
+        Slots reach as far as the texts they were trained on and hardly farther; one bank of 64
+        serves 64 to 256 tokens (one seed; the number of slots sets the unit of the place code,
+        too).""",
         seeds=(0,)),
-    "rates": Table(
-        ["lora", "lora-1e-3", "lora-3e-4", "all-weights"], PASSES, "steps",
-        "at every pass 57 to 61, but in seed 1, where one hop is learned, 70 (lora-3e-4: 61)"),
     "decoded": Table(
-        ["metastate"], DECODED, "length",
-        "resolve 97 to 98 against 59 to 63 frozen; all others within a point of frozen"),
+        ["metastate"], DECODED, "length", """
+        Six tokens in six steps: resolve rises from 59.2 / 58.6 / 62.6 to 98.2 / 97.0 / 98.0; the
+        steps in which it thinks are those that commit end-of-text. The other seven tasks stay
+        within a point. Where the answer may list the steps, as in mathematics (tracking4, four
+        hops), the frozen model has 98.7 already, and slots 98.9."""),
     "trap": Table(
-        ["trap", "trap-mdlm"], losses, "",
-        "trap: training loss 0.000, held-out loss 0.5 to 0.8; trap-mdlm 0.06 to 0.07, 0.15 to "
-        "0.18. Before: 0.13 to 0.18")}
+        ["trap", "trap-mdlm"], losses, "", """
+        trap: training loss 0.000, held-out loss 0.5 to 0.8; trap-mdlm 0.06 to 0.07, 0.15 to 0.18.
+        400 steps on resolve from the pretrained model, with larger steps than the paper's (inner lr
+        1, lr 1e-3; the paper: 0.1, 2e-5), 5 minutes. Training seeds 0 / 1 / 2:
+                                            training loss x 2     held-out loss, memory off
+          before                                                  0.13 / 0.18 / 0.14
+          plain MDLM                        0.14 / 0.12 / 0.12    0.15 / 0.18 / 0.16
+          MemDLM, its own (leaky) loss      0.00 / 0.00 / 0.00    0.57 / 0.80 / 0.59
+        The training loss is divided by all answer tokens, the held-out loss (128 texts) by the
+        masked ones, about half of them: twice the training loss is loss per masked token, too.
+        --inner_on prompt leaks nothing.""")}
 
 
 def tables(argv):
@@ -4980,7 +5129,7 @@ def tables(argv):
         else:
             files = [measured_rows(run, seed, t.measure) for run in t.runs for seed in seeds]
             shown = table_over_seeds(files, "recall", t.by)
-        print(f"\n{name}\n{shown}\nexpected: {t.expected}")
+        print(f"\n{name}\n{shown}\nexpected: {inspect.cleandoc(t.expected)}")
 
 
 def test_a_table_reads_what_is_there_and_runs_what_is_not(here, monkeypatch, capsys):
@@ -5012,7 +5161,25 @@ def test_the_table_of_the_trap_shows_training_loss_beside_held_out_loss(here, mo
     rows = [dict(loss=9.0)] + [dict(loss=0.25)] * 49 + [dict(loss=0.25, held_out_off=1.5)]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tables(["some", "--seeds", "3"])
-    assert "trap-seed3 0.250 1.500" in " ".join(capsys.readouterr().out.split())
+    assert "trap-seed3 0.500 1.500" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_table_of_the_published_method_leaves_the_trained_inner_lr_as_it_is(here, monkeypatch,
+                                                                                 capsys):
+    monkeypatch.setitem(TABLES, "some", Table(["published"], doses, "", "none"))
+    Path("runs/pretrained-seed3").mkdir(parents=True)
+    folder = Path("runs/published-seed3")
+    saved_run(folder, [1, 1])
+    (folder / "memory.json").write_text('{"rank": 32, "inner_lr": 0.1}')
+
+    def run_it(name, *arguments):
+        saved_run(arguments[1], [0, 1])
+    monkeypatch.setattr(sys.modules[__name__], "run_script", run_it)
+    tables(["some", "--seeds", "3"])
+    read = [json.loads(file.read_text()) for file in sorted(Path("runs").glob("*/memory.json"))]
+    assert [settings["inner_lr"] for settings in read] == [1, 10, 3, 0.1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "published off 100.0" in said and "published-lr10 off 50.0" in said
 
 
 def test_a_table_reads_the_rows_that_the_closed_book_writes(here):
