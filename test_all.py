@@ -6,13 +6,10 @@ short loop written from the paper, without our helpers.
 By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
   python test_all.py --tables [NAME] [--seeds 0]      the README's tables: read from runs/, or run
-  python test_all.py --bench                          times of both memories side by side, minutes
+  python test_all.py --bench [--family llada]         times and memory of all methods, here
   python test_all.py --slots CHECKPOINT               what happens when slots are exchanged or reset
   python test_all.py --exposure CHECKPOINT            exposure bias of every arm
-  python test_all.py --card --family llada            times and memory of a real size on this card
   python test_all.py --starter DIR                    the student's copy: the course (README)
-  python test_all.py --full-size DIR                  writes a random 16 GB checkpoint laid out as
-                                                      LLaDA-8B's
 """
 import argparse
 import ast
@@ -24,7 +21,6 @@ import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -198,22 +194,26 @@ def qwen_keys(family, c):
     return keys
 
 
-def write_checkpoint(folder, family, dtype=torch.float32, **overrides):
-    """A random checkpoint in the official layout, in two shards with an index: {name: tensor}."""
+def write_checkpoint(folder, family, dtype=torch.float32, shards=2, config=None, **overrides):
+    """A random checkpoint in the official layout, in shards with an index; two small ones are
+    returned as {name: tensor}."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIGS[family], **overrides}
+    config = {**(config or CONFIGS[family]), **overrides}
+    scale = 1.6 * config.get("d_model", config.get("hidden_size")) ** -0.5
     g = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in official_keys(family, config).items():
-        is_norm = len(shape) == 1 and key.endswith("weight")
-        tensors[key] = (torch.randn(shape, generator=g) * 0.2 + is_norm).to(dtype)
-    # Every second tensor goes to the same shard: shards need not follow the layers.
-    weight_map = {}
-    for number in (1, 2):
-        names = sorted(tensors)[number - 1::2]
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({k: tensors[k] for k in names}, folder / file)
+    keys = official_keys(family, config)
+    tensors, weight_map = {}, {}
+    # Every second (sixth) tensor goes to the same shard: shards need not follow the layers.
+    for number in range(1, shards + 1):
+        names = sorted(keys)[number - 1::shards]
+        part = {}
+        for name in names:
+            is_norm = len(keys[name]) == 1 and name.endswith("weight")
+            part[name] = torch.randn(keys[name], generator=g).mul_(scale).add_(is_norm).to(dtype)
+        file = f"model-{number:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / file)
         weight_map |= dict.fromkeys(names, file)
+        tensors |= part if shards == 2 else {}
     index = json.dumps({"weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(config))
@@ -3751,7 +3751,7 @@ def shortened(command):
     return script, argv if "--explain" in argv else argv + SHORT[script]
 
 
-BY_THE_MINUTE = "--bench", "--card", "--full-size", "--tables", "--starter"
+BY_THE_MINUTE = "--bench", "--tables", "--starter"
 
 
 def test_every_command_of_the_readme_runs(here):
@@ -3828,7 +3828,7 @@ def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, 
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. By hand: the learning run, and a checkpoint of the real size.
+# 8. By hand: the learning run.
 
 @pytest.fixture(scope="module")
 def learned_recall(tmp_path_factory):
@@ -3865,45 +3865,17 @@ def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchang
     assert learned_recall("metastate", 5) > learned_recall("reset", 5) + 0.2
 
 
-# The shards of the official release: which tensors lie in which of six files.
-LLADA_SHARDS = ["wte|ln_f|attn_out", "ff_out", "norm|q_proj", "k_proj|v_proj", "ff_proj", "up_proj"]
-
-
-def write_full_size(folder):
-    """A random bf16 checkpoint in LLaDA-8B's true layout: 291 tensors in six files, 16.0 GB."""
-    folder.mkdir(parents=True)
-    g = torch.Generator().manual_seed(0)
-    left = llada_keys(REAL["llada"])
-    weight_map = {}
-    for number, pattern in enumerate(LLADA_SHARDS, 1):
-        keys = [key for key in left if re.search(pattern, key)]
-        tensors = {}
-        for key in keys:
-            tensor = torch.ones(left.pop(key), dtype=torch.bfloat16)
-            tensors[key] = tensor if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=g)
-        file = f"model-{number:05}-of-00006.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(keys, file)
-        print(file, len(keys), "tensors", flush=True)
-    assert not left
-    index = json.dumps({"weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index)
-    (folder / "config.json").write_text(json.dumps(REAL["llada"]))
-    # The tiny tokenizer stands in for LLaDA's: its words are ids below 139.
-    load_tokenizer("tiny").save_pretrained(folder)
-
-
 # --------------------------------------------------------------------------------------------------
-# 9. By hand: what one card can do. `python test_all.py --card --family llada`
+# 9. By hand: how fast is it here? `python test_all.py --bench --family llada`
 
 STEPS = {"mdlm": "MDLM + LoRA", "memdlm": "MemDLM + LoRA", "metastate": "MetaState"}
 LORA = 32
 FORMULA = """\
-ms: the median of three after a warm-up; a training step includes AdamW and recomputes the layers in
-its backward pass. Tokens/s: tokens of the canvas. TFLOP/s: 2 FLOPs per weight and token forward and
-2 more for the gradient that passes through it, of the weights a token meets (the head: answer
-tokens only); LoRA, phi, slots, attention's scores and the recomputation are not counted. Peak on
-the CPU: of the whole process so far."""
+ms: the median of three after a warm-up, or the first if it takes over 10 s; a training step
+includes AdamW and recomputes the layers in its backward pass. Tokens/s: tokens of the canvas.
+TFLOP/s: 2 FLOPs per weight and token forward and 2 more for the gradient that passes through it, of
+the weights a token meets (the head: answer tokens only); LoRA, phi, slots, attention's scores and
+the recomputation are not counted. Peak on the CPU: of the whole process so far."""
 
 
 def build_on(device, cfg):
@@ -3919,15 +3891,15 @@ def build_on(device, cfg):
     return model
 
 
-def card_batch(cfg, length, device):
-    """One row, the second half of it the answer. t = 1 masks all of the answer in every state, so
-    the methods compute equally many logits, and as many as they ever will."""
-    x0 = torch.randint(3, max(cfg.mask_id, 100), (1, length), device=device)        # (1, L)
+def bench_batch(cfg, rows, length, device):
+    """The second half of a row is the answer. t = 1 masks all of the answer in every state, so the
+    methods compute equally many logits, and as many as they ever will."""
+    x0 = torch.randint(3, max(cfg.mask_id, 100), (rows, length), device=device)     # (B, L)
     attend = torch.ones_like(x0, dtype=torch.bool)
     given = attend.clone()
     given[:, length // 2:] = False
-    t = torch.ones(1, device=device)
-    u = torch.rand(1, length, device=device)
+    t = torch.ones(rows, device=device)
+    u = torch.rand(rows, length, device=device)
     return train.Batch(x0, given, attend, t, u, torch.zeros_like(given))
 
 
@@ -3937,17 +3909,17 @@ def synchronize(device):
 
 def measured(function, device):
     """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
-    function()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(3):
+    def timed():
         synchronize(device)
         began = time.perf_counter()
         function()
         synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[1], sample.peak_memory()
+        return time.perf_counter() - began
+    first = timed()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = first if first > 10 else sorted(timed() for _ in range(3))[1]
+    return seconds, sample.peak_memory()
 
 
 def pass_flops(model, meta_cfg, length):
@@ -3962,34 +3934,38 @@ def pass_flops(model, meta_cfg, length):
     # (layers, heads) that a canvas passes through; with a gradient they count twice. MemDLM: the
     # trunk once without and once with, the fast layers three times with. MetaState: K passes, with
     # a gradient from the first injection on.
+    # Writing a prompt, half of the canvas: a trunk for each of two states, then the fast layers
+    # and 0.3 and 0.2 of the logits, with a gradient.
     passes = {"pass": (N, 1),
+              "adapt": (first + 2 * (N - first), 1),
               "mdlm": (2 * N, 2),
               "memdlm": (3 * first + 6 * (N - first), 6),
+              "official": (4 * first + 6 * (N - first), 6),     # the anchor's trunk twice
               "metastate": (meta_cfg.unroll * (start + 2 * (N - start)), 2 * meta_cfg.unroll)}
     return {what: 2 * length * (layers * layer + heads * size(model.lm_head) / 2)
             for what, (layers, heads) in passes.items()}
 
 
-def card_passes(model, meta, b):
-    """{name: one denoising pass}: the logits of the answer."""
+def bench_passes(model, meta, b):
+    """{name: one denoising pass, with the logits of the answer, or writing of the prompts}."""
     at = ~b.given
+    start = at.shape[1] // 2
     xt = b.x0.masked_fill(at, model.cfg.mask_id)
     ctx = model.context(xt)
-    start = xt.shape[1] // 2
-    phi = memdlm.adapt_to_prompt(model, xt[:, :start], b.attend[:, :start], MemDLMConfig())
-    return {"plain": lambda: model(xt, None, at),
-            "with phi": lambda: model(xt, None, at, phi),
-            "with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start)}
+    prompts, real = b.x0[:, :start], b.attend[:, :start]
+    phi = memdlm.adapt_to_prompt(model, prompts, real, MemDLMConfig())
+    return {"denoising pass, plain": lambda: model(xt, None, at),
+            "denoising pass, with phi": lambda: model(xt, None, at, phi),
+            "denoising pass, with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start),
+            "writing the prompts": lambda: memdlm.adapt_to_prompt(model, prompts, real,
+                                                                  MemDLMConfig()),
+            # as the official loops have it
+            "  writing them one by one": lambda: [memdlm.adapt_to_prompt(model, row[None], real[:1],
+                                                            MemDLMConfig()) for row in prompts],
+            "  pass, logits everywhere": lambda: model(xt)[at]}
 
 
-@torch.no_grad()
-def measure_passes(model, meta, b, flops):
-    for name, function in card_passes(model, meta, b).items():
-        seconds, _ = measured(function, model.device)
-        show_row(f"denoising pass, {name}", seconds, flops, b.x0.shape[1])
-
-
-def card_step(method, model, meta, b):
+def bench_step(method, model, meta, b):
     """One training step of a method, as a function to call again and again."""
     module = meta if method == "metastate" else model
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
@@ -4002,9 +3978,20 @@ def card_step(method, model, meta, b):
         if method == "memdlm":
             return memdlm.loss_memdlm(model, b.x0, b.given, b.attend, b.t, b.u, b.t, n_answer,
                                       MemDLMConfig())
+        if method == "official":
+            # a whole pass for each of the two inner steps, and one for the outer loss
+            inner, ctx = MemDLMConfig(), model.context(b.x0)
+            phi = memdlm.init_phi(model, range(len(b.x0)), inner)
+            xt, masked = corrupt(b.x0, b.t, b.given, model.cfg.mask_id, b.u)
+            for _ in range(2):
+                with torch.no_grad():
+                    h = model.run(model.embed(xt), ctx, 0, memdlm.first_fast_layer(model, inner))
+                phi = memdlm.inner_step(model, phi, h, ctx, b.x0, masked, b.t, inner)
+            return masked_loss(model(xt, b.attend, masked, phi), b.x0, masked, b.t, n_answer)
         K = meta.settings.unroll
-        reveals = torch.full((1, K), n_answer // K, device=model.device)
-        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, reveals, 1)
+        B, L = b.x0.shape
+        reveals = torch.full((B, K), L // 2 // K, device=model.device)
+        return metastate.loss_unrolled(meta, model, b.x0, b.given, b.attend, b.u, reveals, B)
 
     def step():
         optimizer.zero_grad()
@@ -4013,15 +4000,16 @@ def card_step(method, model, meta, b):
     return step
 
 
-def what_fits(parts, length, memory):
-    """From the estimate for one row: the largest batch of that length, else the longest row, as
-    (batch, length); None if no row of 64 tokens fits."""
-    tokens = parts["activations"] + parts["logits"]
+def what_fits(parts, rows, length, memory):
+    """From the estimate for so many rows: the largest batch of that length, else the longest row,
+    as (batch, length); None if no row of 64 tokens fits."""
+    tokens = (parts["activations"] + parts["logits"]) / rows
+    phi = parts["fast weights"] / rows
     room = memory - parts["weights"] - parts["trained, gradient, Adam"]
-    batch = int(room // (tokens + parts["fast weights"]))
+    batch = int(room // (tokens + phi))
     if batch >= 1:
         return batch, length
-    shorter = int((room - parts["fast weights"]) / tokens * length)
+    shorter = int((room - phi) / tokens * length)
     return (1, shorter) if shorter >= 64 else None
 
 
@@ -4034,33 +4022,77 @@ def show_row(name, seconds, flops, tokens=None, peak=None, estimate=None):
     print(f"{name:<28}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
-def card_arguments(argv):
-    parser = argparse.ArgumentParser(prog="test_all.py --card", description=(
-        "Times and memory of a backbone of the real size, random weights, no files."))
-    parser.add_argument("--family", choices=["tiny", *REAL], default="llada")
+def bench_from_disk(folder, family, device):
+    """The same size as a checkpoint in six files: loaded, saved, trained, resumed, evaluated."""
+    base = folder / "base"
+    if not (base / "config.json").exists():
+        write_checkpoint(base, family, torch.bfloat16, 6, REAL[family])
+        write_word_tokenizer(base, dict.fromkeys([*niah.vocabulary(), *niah.INTRO.split()]))
+        write_data(folder / "data.jsonl", 4)
+
+    def timed(name, function):
+        began = time.perf_counter()
+        result = function()
+        print(f"{name:<28}{time.perf_counter() - began:>9.1f} s, peak memory "
+              f"{sample.peak_memory() / 1e9:.1f} GB", flush=True)
+        return result
+    xt = torch.arange(3, 67, device=device)[None]
+    at = xt < 7
+    with torch.no_grad():
+        model = timed("load six files", lambda: load_backbone(base, device))
+        logits = timed("a pass over 64 tokens", lambda: model(xt, at=at))
+        timed("save", lambda: bb.save_backbone(model, folder / "saved"))
+        del model
+        model = timed("load what was saved", lambda: load_backbone(folder / "saved", device))
+        print("its logits are equal bit for bit:", torch.equal(model(xt, at=at), logits))
+        del model
+    options = ["--method", "memdlm", "--backbone", base, "--data", folder / "data.jsonl", "--steps",
+               2, "--save_every", 1, "--batch_size", 1, "--max_len", 64, "--n_eval", 0, "--device",
+               device, "--out", folder / "run"]
+    with killed_at(1):
+        timed("a MemDLM step, then killed", lambda: run_train(*options))
+    timed("resumed for one step", lambda: run_train(*options, "--resume"))
+    sys.argv = ["niah.py", "--checkpoint", str(base), "--n", "1", "--tasks", "single", "--lengths",
+                "64", "--gen_length", "4", "--device", str(device)]
+    timed("niah.py, memory off and on", niah.main)
+
+
+def bench_arguments(argv):
+    parser = argparse.ArgumentParser(prog="test_all.py --bench", description=(
+        "Times and memory of all methods at a backbone's size, random weights. tiny also has the "
+        "official loops' costs, written out."))
+    parser.add_argument("--family", choices=["tiny", *REAL], default="tiny")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the one row")
+    parser.add_argument("--length", type=int, help="tokens of a row (default: 1024; tiny: 64)")
+    parser.add_argument("--full-size", type=Path, metavar="DIR", help="then write that size to "
+                        "DIR in six files (16 GB, twice) and load, save, resume and evaluate it")
     args = parser.parse_args(argv)
-    cfg = BackboneConfig() if args.family == "tiny" else bb.config_from_json(REAL[args.family])
+    tiny = args.family == "tiny"
+    args.length = args.length or (64 if tiny else 1024)
+    cfg = BackboneConfig() if tiny else bb.config_from_json(REAL[args.family])
     if not 64 <= args.length <= cfg.max_len:
         raise ValueError(f"--length must lie between 64 and {cfg.max_len}, not {args.length}")
+    if args.full_size and tiny:
+        raise ValueError("--full-size needs a --family that has one: llada, dream, llada_moe")
     return args, cfg, bb.default_device(args.device)
 
 
-def card(argv):
+def bench(argv):
     """Prints one table, each row when it is known. What does not fit is not tried."""
-    args, cfg, device = card_arguments(argv)
-    length = args.length
+    args, cfg, device = bench_arguments(argv)
+    length, tiny = args.length, args.family == "tiny"
+    rows = 16 if tiny else 1
     meta_cfg = metastate.for_backbone(cfg)
     # The framework itself takes about 1 GB.
     memory = train.device_memory(device) - 1e9
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else device
     print(f"{args.family} on {name}, {memory / 1e9:.1f} GB to use, torch {torch.__version__}, "
-          f"1 x {length:,} tokens, half of them the answer\n{FORMULA}", flush=True)
-    parts = {method: train.estimate(cfg, method, batch=1, length=length, scored=0.5,
+          f"{torch.get_num_threads()} threads, {rows} x {length:,} tokens, half of them the answer"
+          f"\n{FORMULA}", flush=True)
+    parts = {method: train.estimate(cfg, method, batch=rows, length=length, scored=0.5,
                                     lora=0 if method == "metastate" else LORA, meta_cfg=meta_cfg)
              for method in STEPS}
-    fits = {method: what_fits(parts[method], length, memory) for method in STEPS}
+    fits = {method: what_fits(parts[method], rows, length, memory) for method in STEPS}
     for method, largest in fits.items():
         verdict = "does not fit" if largest is None else "fits up to {} x {:,}".format(*largest)
         print(f"{STEPS[method]} {verdict} (estimate: {train.show_estimate(parts[method])})")
@@ -4072,38 +4104,53 @@ def card(argv):
     synchronize(device)
     print(f"{size(model):,} parameters, built in {time.perf_counter() - began:.1f} s\n\n{'':<28}"
           f"{'ms':>11}{'tokens/s':>11}{'TFLOP/s':>11}{'peak GB':>11}{'estimate':>11}", flush=True)
-    flops = pass_flops(model, meta_cfg, length)
-    batch = card_batch(cfg, length, device)
-    measure_passes(model, meta, batch, flops["pass"])
+    flops = pass_flops(model, meta_cfg, rows * length)
+    batch = bench_batch(cfg, rows, length, device)
+    writing = sum(train.estimate(cfg, "adapt", rows, length // 2, 0).values())
+    for what, function in bench_passes(model, meta, batch).items():
+        if what[0] == " " and not tiny:
+            continue
+        with torch.no_grad():
+            seconds, peak = measured(function, device)
+        if what.strip().startswith("writing"):
+            show_row(what, seconds, flops["adapt"], rows * length // 2, peak, writing)
+        else:
+            show_row(what, seconds, flops["pass"], rows * length)
     model.checkpointing = True
     # MetaState first: its backbone is without adapters.
-    for method in ("metastate", "mdlm", "memdlm"):
+    for method in ("metastate", "mdlm", "memdlm", *["official"] * tiny):
         if method == "mdlm":
             meta = None
             model.add_lora(LORA, 2 * LORA)
-        if fits[method] is None or fits[method][1] < length:
+        if method in fits and (fits[method] is None or fits[method] < (rows, length)):
             print(f"{STEPS[method]:<28} not tried, see above", flush=True)
             continue
         try:
-            seconds, peak = measured(card_step(method, model, meta, batch), device)
+            seconds, peak = measured(bench_step(method, model, meta, batch), device)
         except torch.cuda.OutOfMemoryError:
             print(f"{STEPS[method]:<28} out of memory, though it was estimated to fit", flush=True)
             continue
-        show_row(f"training, {STEPS[method]}", seconds, flops[method], length, peak,
-                 sum(parts[method].values()))
+        show_row(f"training, {STEPS.get(method, 'MemDLM, official')}", seconds, flops[method],
+                 rows * length, peak, sum(parts.get(method, {}).values()))
+    if args.full_size:
+        del model, meta
+        bench_from_disk(args.full_size, args.family, device)
 
 
-def test_the_card_command_measures_three_passes_and_three_steps(capsys):
-    card(["--family", "tiny", "--device", "cpu", "--length", "64"])
-    rows = re.findall(r"^(denoising pass|training), (.+?)  +[\d.]+ ", capsys.readouterr().out, re.M)
-    assert [name for _, name in rows] == ["plain", "with phi", "with slots", "MetaState",
-                                          "MDLM + LoRA", "MemDLM + LoRA"]
+def test_the_bench_command_measures_passes_steps_and_the_official_loops(capsys):
+    bench(["--device", "cpu"])
+    rows = re.findall(r"^(.{28}) +[\d.]+ +[\d,]+ ", capsys.readouterr().out, re.M)
+    assert [name.strip() for name in rows] == [
+        "denoising pass, plain", "denoising pass, with phi", "denoising pass, with slots",
+        "writing the prompts", "writing them one by one", "pass, logits everywhere",
+        "training, MetaState", "training, MDLM + LoRA", "training, MemDLM + LoRA",
+        "training, MemDLM, official"]
 
 
 def test_a_card_that_is_too_small_is_told_so_before_anything_is_built(capsys, monkeypatch):
     monkeypatch.setattr(train, "device_memory", lambda device: 8e9)
     monkeypatch.setattr(sys.modules[__name__], "build_on", None)
-    card(["--family", "dream", "--device", "cpu"])
+    bench(["--family", "dream", "--device", "cpu"])
     said = capsys.readouterr().out
     assert "MemDLM + LoRA does not fit" in said
     assert "the weights alone are larger" in said
@@ -4113,178 +4160,11 @@ def test_a_card_that_is_too_small_is_told_so_before_anything_is_built(capsys, mo
 def test_what_fits_is_a_larger_batch_or_a_shorter_row_or_nothing(memory, largest):
     parts = {"weights": 10, "trained, gradient, Adam": 10, "fast weights": 2,
              "activations": 12.8, "logits": 5.12}
-    assert what_fits(parts, 256, memory) == largest
+    assert what_fits(parts, 1, 256, memory) == largest
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. By hand: everything side by side in one run. `python test_all.py --bench`
-
-BENCH = BackboneConfig(vocab_size=2048, d_model=256, n_layers=20, n_heads=4, n_kv_heads=4,
-                       head_dim=64, d_ff=768, conv_width=0)
-BENCH_SLOTS = MetaStateConfig(inject_layers=(10,), unroll=4)
-
-
-def bench_steps(batch=4, length=256):
-    """{name: a function that runs one training step}, on equal data, answers as long as prompts."""
-    torch.manual_seed(0)
-    device = bb.default_device()
-    model = Backbone(BENCH).init_weights().to(device)
-    meta = metastate.build(BENCH, BENCH_SLOTS).to(device)
-    settings = MemDLMConfig()
-    x0 = torch.randint(3, 2048, (batch, length), device=device)
-    attend = torch.ones_like(x0, dtype=torch.bool)
-    given = attend.clone()
-    given[:, length // 2:] = False
-    ones = torch.ones(batch, device=device)
-    t = 0.5 * ones
-    u = torch.rand(batch, length, device=device)
-    n = batch * length // 2
-
-    def mdlm_step():
-        model.requires_grad_(True)
-        xt, masked = corrupt(x0, t, given, 1, u)
-        masked_loss(model(xt, attend, masked), x0, masked, ones, n).backward()
-
-    def memdlm_step():
-        model.requires_grad_(True)
-        loss = memdlm.loss_memdlm(model, x0, given, attend, t, u, ones, n, settings)
-        loss.backward()
-
-    def recomputed():
-        """The trunk again for each inner step and for the outer pass."""
-        model.requires_grad_(True)
-        first = memdlm.first_fast_layer(model, settings)
-        ctx = model.context(x0)
-        phi = memdlm.init_phi(model, range(batch), settings)
-        for ratio in (1.5 * t, t):
-            xt, masked = corrupt(x0, ratio, given, 1, u)
-            with torch.no_grad():
-                h = model.run(model.embed(xt), ctx, 0, first)
-            phi = memdlm.inner_step(model, phi, h, ctx, x0, masked, ones, settings)
-        masked_loss(model(xt, attend, masked, phi), x0, masked, ones, n).backward()
-
-    def unrolled():
-        model.requires_grad_(False)
-        reveals = torch.full((batch, 4), length // 8, device=device)
-        metastate.loss_unrolled(meta, model, x0, given, attend, u, reveals, batch).backward()
-    return {"mdlm": mdlm_step, "memdlm": memdlm_step, "memdlm, trunk recomputed": recomputed,
-            "metastate, K = 4, frozen": unrolled}
-
-
-def bench_peak(name):
-    """Peak memory of one kind of training step, measured in a process of its own."""
-    for _ in range(2):
-        bench_steps()[name]()
-    return sample.peak_memory()
-
-
-def clock(functions, rounds):
-    """Seconds per call, median over rounds. In each round every function runs once, so that a
-    drift of the machine hits all alike; the first round only warms up."""
-    seconds = {name: [] for name in functions}
-    for r in range(rounds + 1):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if r > 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
-
-
-@torch.no_grad()
-def bench_denoising():
-    """Seconds of one denoising step: plain, with phi, with slots."""
-    device = bb.default_device()
-    torch.manual_seed(0)
-    model = Backbone(BENCH).init_weights().to(device)
-    meta = metastate.build(BENCH, BENCH_SLOTS).to(device)
-    xt = torch.randint(3, 2048, (4, 256), device=device)
-    at = torch.zeros_like(xt, dtype=torch.bool)
-    at[:, 128:] = True
-    ctx = model.context(xt)
-    ones = torch.ones(4, device=device)
-    phi = memdlm.adapt_to_prompt(model, xt[:, :128], ~at[:, :128], MemDLMConfig())
-    return clock({"plain": lambda: model(xt, at=at),
-                  "with phi": lambda: model(xt, at=at, phi=phi),
-                  "with slots": lambda: meta.step(model, ctx, xt, ones, None, at, 128)}, 10)
-
-
-@torch.no_grad()
-def bench_head():
-    """Seconds a step at a large vocabulary: logits where a token can be chosen, or everywhere."""
-    device = bb.default_device()
-    torch.manual_seed(0)
-    large = dataclasses.replace(BENCH, vocab_size=100_000, n_layers=4)
-    model = Backbone(large).init_weights().to(device)
-    prompt = torch.randint(3, 2048, (1, 192), device=device)
-    settings = dict(gen_length=64, steps=8, block_length=64)
-    ids = {}
-
-    def everywhere(backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            return backbone(xt, attend)[at], state
-        return predict, None
-
-    def chosen():
-        ids["chosen"] = sample.generate(model, prompt, **settings)
-
-    def whole():
-        ids["whole"] = sample.generate(model, prompt, memory=everywhere, **settings)
-    seconds = clock({"logits where selectable": chosen, "logits everywhere": whole}, 3)
-    assert torch.equal(ids["chosen"], ids["whole"])
-    return {name: s / settings["steps"] for name, s in seconds.items()}
-
-
-@torch.no_grad()
-def bench_adaptation():
-    """Seconds of the inner loop on 16 prompts of the tiny model, at once and one by one."""
-    device = bb.default_device()
-    torch.manual_seed(0)
-    tiny = load_backbone("tiny", device)
-    prompts = torch.randint(3, 139, (16, 64), device=device)
-    every = torch.ones_like(prompts, dtype=torch.bool)
-
-    def at_once():
-        memdlm.adapt_to_prompt(tiny, prompts, every, MemDLMConfig())
-
-    def one_by_one():
-        for row in prompts:
-            memdlm.adapt_to_prompt(tiny, row[None], every[:1], MemDLMConfig())
-    return clock({"16 prompts at once": at_once, "one by one": one_by_one}, 10)
-
-
-def test_the_benchmarks_kinds_of_a_training_step_all_run(monkeypatch):
-    small = dataclasses.replace(BENCH, d_model=32, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
-    monkeypatch.setattr(sys.modules[__name__], "BENCH", small)
-    for step in bench_steps(2, 16).values():
-        step()
-
-
-def bench():
-    """Prints one table; a few minutes on a CPU."""
-    print(f"20 layers, width 256, batch 4 x 256 tokens; torch {torch.__version__}, "
-          f"{bb.default_device()}, {torch.get_num_threads()} threads")
-    seconds = clock(bench_steps(), 8)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peak = {name: pool.apply(bench_peak, (name,)) for name in seconds}
-    print(f"{'training step':<30}{'ms':>8}{'x mdlm':>8}{'peak GB':>9}")
-    for name, s in seconds.items():
-        ratio = s / seconds["mdlm"]
-        print(f"{name:<30}{1000 * s:>8.0f}{ratio:>8.2f}{peak[name] / 1e9:>9.2f}")
-    for title, measure in (("one denoising step", bench_denoising),
-                           ("a step at V = 100,000", bench_head),
-                           ("prompt adaptation", bench_adaptation)):
-        seconds = measure()
-        first = next(iter(seconds.values()))
-        print(f"{title:<30}{'ms':>8}{'x first':>8}")
-        for name, s in seconds.items():
-            print(f"  {name:<28}{1000 * s:>8.1f}{s / first:>8.2f}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. By hand: one table over training seeds
+# 10. By hand: one table over training seeds
 
 def read_rows(files, metric, by, tasks):
     """{(task, line): {column: {(training seed, text): value}}}.
@@ -4455,7 +4335,7 @@ def test_one_seed_has_an_interval_over_texts_and_one_text_has_none(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
+# 11. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
 
 def measurement(argv, **defaults):
     """`--WHAT CHECKPOINT` and a flag for every default -> the values, and what load_arms gives."""
@@ -4776,7 +4656,7 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. By hand: the README's tables, read again or run again. `python test_all.py --tables`
+# 12. By hand: the README's tables, read again or run again. `python test_all.py --tables`
 
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 ON_PRETRAINED = "--init runs/pretrained-seed{s}"
@@ -5214,7 +5094,7 @@ def test_the_learning_curve_shows_recall_at_every_evaluation(here, monkeypatch, 
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. The course. `python test_all.py --starter DIR` writes the student's copy: the functions below
+# 13. The course. `python test_all.py --starter DIR` writes the student's copy: the functions below
 # raise NotImplementedError, tests that hold a solution compare with stored numbers, and this
 # section is left out, so `outcome` (what the measurement gave) is for the teacher alone.
 
@@ -5479,35 +5359,30 @@ def test_a_starters_tests_fail_for_want_of_the_students_functions_alone_and_pass
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. Which measurement.
+# 14. Which measurement.
 
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
     what, *argv = sys.argv[1:] or [""]
-    if what == "--card":
-        card(argv)
-    elif what == "--bench" and not argv:
-        bench()
+    if what == "--bench":
+        bench(argv)
     elif what == "--tables":
         tables(argv)
     elif what in ("--slots", "--exposure"):
         (slots_main if what == "--slots" else exposure_main)([what, *argv])
     elif what == "--help":
         print(__doc__)
-    elif what == "--full-size" and len(argv) == 1:
-        write_full_size(Path(argv[0]))
     elif what == "--starter" and len(argv) == 1 and argv != ["--help"]:
         write_starter(Path(argv[0]))
     else:
-        raise ValueError("python test_all.py --card | --bench | --tables | "
-                         "--slots, --exposure CHECKPOINT | --starter DIR | "
-                         "--full-size DIR; "
+        raise ValueError("python test_all.py --bench | --tables | --slots, --exposure CHECKPOINT | "
+                         "--starter DIR; "
                          "the tests themselves: python -m pytest -q test_all.py")
 
 
 def test_an_unknown_measurement_is_answered_with_those_there_are(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test_all.py", "--magic"])
-    with pytest.raises(ValueError, match="--card . --bench . --tables"):
+    with pytest.raises(ValueError, match="--bench . --tables"):
         by_hand()
 
 
