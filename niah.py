@@ -90,7 +90,7 @@ class Sample:
         return found, float(output.split() == self.answer.split())
 
     @property
-    def context(self):
+    def text(self):
         """What the closed book writes into the weights and then hides."""
         return self.prompt[:self.prompt.rindex("?")].strip()
 
@@ -254,10 +254,10 @@ def facts(rng, length, split, count, n=None, most=24):
 def ask(sample, questions, rng):
     """The same text with several of its facts asked for, one a sample, each at most once more often
     than another."""
-    found = re.findall(r"(\w+) = (\w+) \.", sample.context)
+    found = re.findall(r"(\w+) = (\w+) \.", sample.text)
     rng.shuffle(found)
     asked = (found * questions)[:questions]
-    return [replace(sample, prompt=f"{sample.context} ? {key} =", answer=value, refs=[value])
+    return [replace(sample, prompt=f"{sample.text} ? {key} =", answer=value, refs=[value])
             for key, value in asked]
 
 
@@ -535,7 +535,7 @@ def phi_of_arm(backbone, tokenizer, samples, arm, inner):
         inner = replace(inner, inner_lr=-inner.inner_lr)
     model = (backbone, tokenizer)
     cover = [s.answer for s in samples] if arm == "uncovered" else None
-    phi, *_ = write_texts(*model, [s.context for s in samples], inner, cover=cover)
+    phi, *_ = write_texts(*model, [s.text for s in samples], inner, cover=cover)
     if arm in ("phi", "open+phi"):
         # A chunk of its own: in one chunk with its fact the asked key would be copied from the
         # question, and not bound to its value

@@ -55,7 +55,7 @@ class Decoding:
     steps: int = option(None, "forward passes for the whole answer (default: gen_length)", 1)
     block_length: int = option(None, "decode left to right in blocks (default: one block)", 1)
     temperature: float = option(0.0, "LLaDA's Gumbel noise, Dream's softmax; 0 = no randomness", 0)
-    cfg: float = option(0.0, "guidance scale w: u + (w + 1)(c - u), u without the prompt", 0)
+    cfg_scale: float = option(0.0, "guidance scale w: u + (w + 1)(c - u), u without the prompt", 0)
     remasking: str = option(None, "which tokens to commit first; the last four are Dream's "
                             "(default: entropy for Dream, else low_confidence)",
                             choices=("low_confidence", "random", *DREAM_ORDERS))
@@ -104,7 +104,7 @@ class Decoding:
         counts = split_evenly(torch.tensor([self.block_length]), steps)[0].tolist()
         runs = ", then ".join(f"{n} x {counts.count(n)}" for n in dict.fromkeys(counts))
         return (f"{blocks}{steps} steps a block committing {runs} tokens; "
-                f"{self.steps * (2 if self.cfg else 1)} forward passes in all")
+                f"{self.steps * (2 if self.cfg_scale else 1)} forward passes in all")
 
 
 def no_memory(backbone, xt, attend, start):
@@ -169,10 +169,10 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
             # 4. Predict the masked tokens; t (B,) is the answer's actual mask ratio
             t = (xt[:, start:] == config.mask_id).float().mean(1)
             logits, state = predict(xt, t, state, at)                       # (N, V)
-            if how.cfg > 0:
+            if how.cfg_scale > 0:
                 # guidance: the same canvas without its prompt, and without a memory of it
                 free, _ = predict(xt.masked_fill(position < start, config.mask_id), t, None, at)
-                logits = free + (how.cfg + 1) * (logits - free)
+                logits = free + (how.cfg_scale + 1) * (logits - free)
             if how.eos == "forbid":
                 logits[:, config.eos_id] = -torch.inf
             # 5. Choose which of them to commit

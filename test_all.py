@@ -1089,8 +1089,8 @@ def test_a_device_on_which_nothing_can_be_computed_is_refused(device):
 # --------------------------------------------------------------------------------------------------
 # 2. sample.py, against references written from the description of the official samplers
 
-def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0, cfg=0.0,
-                    remasking="low_confidence"):
+def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0,
+                    cfg_scale=0.0, remasking="low_confidence"):
     """prompt (B, P) -> the answer (B, gen_length)."""
     B = len(prompt)
     mask_id = model.cfg.mask_id
@@ -1102,9 +1102,9 @@ def reference_llada(model, prompt, gen_length, steps, block_length, temperature=
         n = (x[:, end - block_length:end] == mask_id).sum(1)                        # (B,)
         for s in range(S):
             logits = model(x)                                                       # (B, L, V)
-            if cfg > 0:
+            if cfg_scale > 0:
                 free = model(torch.where(fixed, mask_id, x))
-                logits = free + (cfg + 1) * (logits - free)
+                logits = free + (cfg_scale + 1) * (logits - free)
             noisy = logits
             if temperature > 0:
                 gumbel = -torch.rand_like(logits, dtype=torch.float64).log()
@@ -1126,11 +1126,11 @@ def reference_llada(model, prompt, gen_length, steps, block_length, temperature=
 @pytest.mark.parametrize("options", [
     dict(),
     dict(temperature=0.7),
-    dict(cfg=1.5),
+    dict(cfg_scale=1.5),
     dict(remasking="random", temperature=0.5),
     dict(steps=6, block_length=4),
     dict(steps=6, block_length=12),
-    dict(block_length=3, temperature=0.3, cfg=0.5)])
+    dict(block_length=3, temperature=0.3, cfg_scale=0.5)])
 def test_llada_sampler_is_token_identical_to_the_official_description(model, options):
     options = {"gen_length": 12, "steps": 12, "block_length": 6, **options}
     prompt = torch.randint(3, 40, (3, 5))
@@ -1263,7 +1263,7 @@ def test_dreams_fp32_schedule_commits_the_published_number_of_tokens_at_each_ste
     dict(),
     dict(block_length=3),
     dict(threshold=0.2),
-    dict(cfg=0.7),
+    dict(cfg_scale=0.7),
     dict(remasking="entropy")])
 def test_ragged_prompts_decode_as_each_prompt_alone(model, options):
     prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 1)]
@@ -1307,7 +1307,7 @@ def test_a_memory_is_told_the_answers_mask_ratio_and_guidances_copy_gets_no_stat
             seen.append((round(3 * t.item()), state))
             return backbone(xt, attend, at), (state or 0) + 1
         return predict, 10
-    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=3, memory=memory, cfg=0.5,
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=3, memory=memory, cfg_scale=0.5,
                     eos="forbid")
     assert seen == [(3, 10), (3, None), (2, 11), (2, None), (1, 12), (1, None)]
 
@@ -1495,7 +1495,7 @@ def test_a_page_holds_every_token_of_every_step(plain_page):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(cfg=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
+    dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
 def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
     viewer = viewer_after(sample.no_memory, load_tokenizer("tiny"), [torch.tensor([5, 6, 7])],
                           gen_length=6, **settings)
@@ -2216,7 +2216,7 @@ def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch,
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg=0.5)])
+    dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg_scale=0.5)])
 def test_metastate_rows_do_not_depend_on_batch_order_or_padding(model, options):
     prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 2)]
     memory = trained_meta(model).memory()
@@ -2767,8 +2767,8 @@ def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_an
     asked = niah.ask(text, 4, random.Random(0))
     for sample in asked:
         key = sample.question.split()[1]
-        assert sample.context == text.context
-        assert f"{key} = {sample.answer} ." in text.context
+        assert sample.text == text.text
+        assert f"{key} = {sample.answer} ." in text.text
 
 
 def test_the_controls_of_the_closed_book_are_what_they_are_called():
@@ -2842,7 +2842,7 @@ def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsy
 # --------------------------------------------------------------------------------------------------
 # 6. train.py
 
-SMALL = ["--n_eval", "0", "--batch_size", "4", "--context", "32", "--lr", "1e-3",
+SMALL = ["--n_eval", "0", "--batch_size", "4", "--length", "32", "--lr", "1e-3",
          "--device", "cpu"]
 MDLM = ["--method", "mdlm", *SMALL]
 RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
@@ -2940,13 +2940,13 @@ def test_exact_from_turns_the_papers_own_training_exact_too(here):
 def test_the_outer_gradient_is_clipped_to_norm_1(here, method, monkeypatch):
     """As AdamW sees it, after it was made a million times as large."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
-    joined = train.Run.sum_over_ranks
+    total = train.Run.sum_over_ranks
     norms = []
 
     def enlarged(self, loss):
         for p in self.trained:
             p.grad.mul_(1e6)
-        return joined(self, loss)
+        return total(self, loss)
 
     def look(optimizer, *_):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -3557,7 +3557,7 @@ def test_a_line_far_beyond_max_len_never_reaches_the_tokenizer(here, monkeypatch
 
 
 @pytest.mark.parametrize("flags", [
-    "--lora -1", "--alpha nan", "--s_pre -5", "--context -5", "--n_eval -1", "--device meta",
+    "--lora -1", "--alpha nan", "--s_pre -5", "--length -5", "--n_eval -1", "--device meta",
     "--seed -1", "--lora_dropout 1", "--weight_decay nan", "--max_len 0", "--epochs 0",
     "--epochs 2", "--seed 99999999999999999999",
     "--method metastate --slot_dim 0", "--method metastate --slot_heads -4",
@@ -3629,8 +3629,8 @@ def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
     whole = read_jsonl("book.jsonl")[0]
     hidden = train.read_jsonl("book.jsonl", load_tokenizer("tiny"), BackboneConfig(), 64, True)[0]
-    assert whole.context == []
-    assert hidden.context + hidden.prompt == whole.prompt
+    assert whole.text == []
+    assert hidden.text + hidden.prompt == whole.prompt
     assert len(hidden.prompt) == 3
     assert hidden.response == whole.response
     batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
@@ -3726,7 +3726,7 @@ def write_small_checkpoints(folder, commands):
 
 SHORT = {"test_all.py": [],
          "train.py": ["--steps", "1", "--n_eval", "1", "--batch_size", "4",
-                      "--accumulate", "1", "--context", "32", "--max_len", "500",
+                      "--accumulate", "1", "--length", "32", "--max_len", "500",
                       "--device", "cpu"],
          "niah.py": ["--n", "2", "--device", "cpu"],
          "sample.py": ["--device", "cpu"]}
@@ -4372,7 +4372,7 @@ def resolve_text(hops, twin, *args):
     other = next(right for _, right in pairs if right.isdigit() and right != s.answer)
     if twin == "question":
         ends = {left for left, _ in pairs} - {right for _, right in pairs}
-        prompt = f"{s.context} ? {(ends - set(s.question.split())).pop()} is"
+        prompt = f"{s.text} ? {(ends - set(s.question.split())).pop()} is"
     else:
         swap = {s.answer: other, other: s.answer}
         prompt = " ".join(swap.get(word, word) for word in s.prompt.split())
@@ -4661,7 +4661,7 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 ON_PRETRAINED = "--init runs/pretrained-seed{s}"
 ON_256 = "--init runs/pretrained-256-seed{s}"
-UP_TO_256 = "--context 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
+UP_TO_256 = "--length 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
 UNROLLED = f"--method metastate {ON_PRETRAINED}"
 # without slots: about as many seconds as MetaState's updates take, on the same tasks
 SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
@@ -4678,7 +4678,7 @@ RUNS = {
     **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
     **{f"unroll-{n}": f"{UNROLLED} --unroll {n}" for n in (1, 2, 4, 8)},
     **{f"lambda-{n}": f"{UNROLLED} --balance {n}" for n in (0, 1)},
-    **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --context {length} "
+    **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --length {length} "
                                      f"--span {length} --num_slots {n}" for length, n in PLACES},
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
     "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
@@ -4695,7 +4695,7 @@ RUNS = {
     "first-order-long": "--method memdlm --exact_from 1 --steps 3000",
     **{f"rank-{n}": f"--method memdlm --rank {n} --alpha {2 * n}" for n in (4, 16, 64)},
     "layers-2": "--method memdlm --fraction 0.5",
-    "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --context 1024 --lr 1e-3 "
+    "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --length 1024 --lr 1e-3 "
                   "--full_share 0 --steps 800"),
     "published": f"--method memdlm --inner_on response {ON_PRETRAINED}",
     "published-mdlm": f"--method mdlm {ON_PRETRAINED} --steps 400",

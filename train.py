@@ -4,7 +4,7 @@ Papers: MDLM / LLaDA (the plain loss), MemDLM (arXiv 2603.22241, bilevel loss), 
 (2603.01331, K-step unrolling).
 Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm,
 train_memdlm, train_metastate. Read those first; the rest is plumbing.
-Shapes: B rows of the joined batch (all micro-batches, all ranks), L tokens
+Shapes: B rows of the whole batch (all micro-batches, all ranks), L tokens
 Read as: every random number of a step comes from (seed, step), never from a running state. So a
 resumed run is bit for bit the run that was not killed, and any split of a batch over micro-batches
 or ranks gives the same loss (but for the dropout of a LoRA, which is drawn by each rank).
@@ -62,7 +62,7 @@ class TrainConfig:
     steps: int = option(None, "optimizer steps", low=1)
     epochs: int = option(None, "JSONL: passes over the data, if --steps is not given", low=1)
     batch_size: int = option(None, "rows per forward pass and process", low=1)
-    accumulate: int = option(1, "forward passes per step, with the joined batch's loss", low=1)
+    accumulate: int = option(1, "forward passes per step, with the loss of all their rows", low=1)
     lr: float = option(None, "peak learning rate (AdamW, warm-up, cosine to zero)", low=0)
     warmup: float = option(None, "share of the steps with rising learning rate", low=0, high=1)
     beta2: float = option(None, "AdamW's second beta", low=0, high=0.999999)
@@ -71,8 +71,7 @@ class TrainConfig:
     plain_share: float = option(0.25, "closed book: share of plain MDLM batches, on --tasks; they "
                                 "keep predictable words out of phi", low=0, high=1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
-    context: int = option(64, "niah: longest training text, in tokens (closed book: a quarter of "
-                          "it)", low=0)
+    length: int = option(64, "niah: longest training text, in tokens (closed book: a quarter)", 0)
     chat: bool = option(None, "prompts go through the chat template (default: if messages do, or "
                         "if the backbone's name or files say so)")
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
@@ -204,9 +203,9 @@ LOOPS = {"mdlm": train_mdlm, "memdlm": train_memdlm, "metastate": train_metastat
 # 2. Data.
 
 class Example(NamedTuple):
-    """Ids of one example. Only the closed book has a context: a text that is written into phi and
-    hidden; everything else has it in the prompt."""
-    context: list
+    """Ids of one example. Only the closed book has a text, which is written into phi and hidden;
+    everything else has it in the prompt."""
+    text: list
     prompt: list
     response: list
 
@@ -214,7 +213,7 @@ class Example(NamedTuple):
 def niah_examples(tokenizer, model_cfg, samples, closed=False):
     """niah samples -> Examples."""
     if model_cfg.family != "tiny":
-        return [encode_example(dict(context=niah.INTRO + s.context, prompt=s.question,
+        return [encode_example(dict(context=niah.INTRO + s.text, prompt=s.question,
                                     response=s.answer), tokenizer, model_cfg, closed)
                 for s in samples]
     # word by word: for the hundreds of texts of a step encode_example would be too slow
@@ -223,7 +222,7 @@ def niah_examples(tokenizer, model_cfg, samples, closed=False):
     for s in samples:
         prompt = [number[word] for word in s.prompt.split()]
         answer = [number[word] for word in s.answer.split()]
-        hidden = len(s.context.split()) if closed else 0
+        hidden = len(s.text.split()) if closed else 0
         examples.append(Example(prompt[:hidden], prompt[hidden:], [*answer, model_cfg.eos_id]))
     return examples
 
@@ -286,7 +285,7 @@ def encode_example(raw, tokenizer, model_cfg, closed):
 def collate(examples, model_cfg, width, generator):
     """Contexts and prompts padded on the left, responses filled up with end-of-text to at least
     `width` tokens. End-of-text is maskable and learned, as in LLaDA's SFT."""
-    prompts, attend = left_pad([e.context + e.prompt for e in examples], model_cfg.pad_id, "cpu")
+    prompts, attend = left_pad([e.text + e.prompt for e in examples], model_cfg.pad_id, "cpu")
     width = max(width, *(len(e.response) for e in examples))
     responses = torch.full((len(examples), width), model_cfg.eos_id)
     for row, e in zip(responses, examples):
@@ -295,10 +294,10 @@ def collate(examples, model_cfg, width, generator):
     given = (torch.arange(x0.shape[1]) < prompts.shape[1]).repeat(len(examples), 1)
     attend = torch.cat([attend, torch.ones_like(responses, dtype=torch.bool)], dim=1)
     number = attend.long().cumsum(1)                                    # of a real token, from 1
-    context = attend & (number <= torch.tensor([len(e.context) for e in examples])[:, None])
+    text = attend & (number <= torch.tensor([len(e.text) for e in examples])[:, None])
     t = sample_t(len(examples), generator=generator)
     u = torch.rand(x0.shape, generator=generator)
-    return Batch(x0, given, attend, t, u, context)
+    return Batch(x0, given, attend, t, u, text)
 
 
 def hidden_text(batch, generator):
@@ -431,7 +430,7 @@ class Run:
     # -- data ------------------------------------------------------------------------------------
 
     def batch(self, step):
-        """The joined batch of a step on the CPU, the same on every rank, and its number of
+        """The whole batch of a step on the CPU, the same on every rank, and its number of
         maskable tokens."""
         cfg = self.cfg
         rng = random.Random(f"{cfg.seed} {step}")
@@ -462,7 +461,7 @@ class Run:
 
     def samples(self, step, rng):
         """niah samples of mixed lengths: without them lookup is not learned."""
-        c = self.cfg.context
+        c = self.cfg.length
         tasks = self.cfg.tasks
         if self.meta and step < self.meta.settings.curriculum * self.cfg.steps:
             # the plateau before the first hop is short where every row needs memory
@@ -476,7 +475,7 @@ class Run:
         exact (with --exact_from 1: after 60 %) they lie among ever more filler, in the end up to
         four times the usual length, in several chunks. (All lengths at once: the loss rose from 0.2
         to 2.5, and was 300 steps in coming back.)"""
-        c = self.cfg.context
+        c = self.cfg.length
         length = 0
         alone = min(self.exact_step, 0.6 * self.cfg.steps)
         if step >= alone:
@@ -541,8 +540,8 @@ class Run:
                 self.save(done)
 
     def sum_over_ranks(self, loss):
-        """Each rank has its rows' share of the joined batch's loss and gradient: they add up.
-        Returns the joined loss."""
+        """Each rank has its rows' share of the whole batch's loss and gradient: they add up.
+        Returns the whole loss."""
         if self.world == 1:
             return loss
         total = torch.tensor(loss, device=self.device)
@@ -588,7 +587,7 @@ class Run:
         examples = self.held_examples
         if examples is None:
             counter = niah.token_counter(self.tokenizer, backbone.cfg)
-            samples = niah.make_samples(self.cfg.tasks, self.cfg.context, n, 0, "eval", counter)
+            samples = niah.make_samples(self.cfg.tasks, self.cfg.length, n, 0, "eval", counter)
             examples = niah_examples(self.tokenizer, backbone.cfg, samples)
         total = 0.0
         count = 0
@@ -785,7 +784,7 @@ def plan(cfg, inner_options, meta_options, world=1):
         raise ValueError(f"--questions {shared}: only the closed book on niah texts has so many "
                          f"rows about one text, which share its phi, and --batch_size must be a "
                          f"multiple of it, not {cfg.batch_size}")
-    length = cfg.context + niah.BUDGET if cfg.data == "niah" else cfg.max_len
+    length = cfg.length + niah.BUDGET if cfg.data == "niah" else cfg.max_len
     weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
     sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner, meta,
                      weight_bytes, cfg.checkpointing)
@@ -869,7 +868,7 @@ def report(run):
         flag, lengths = " --closed_book", "0 64 256 1024 4096 --n 200"
         if cfg.n_eval:
             rows = niah.closed_book(*model, run.inner, ["none", "written", "phi", "other", "open"],
-                                    [4, 8], [0, cfg.context, 4 * cfg.context], cfg.n_eval, 1,
+                                    [4, 8], [0, cfg.length, 4 * cfg.length], cfg.n_eval, 1,
                                     run.out / "closed_book.jsonl")
             print("\nclosed book: the text is written into the weights, then hidden; recall in %")
             print(niah.closed_table(rows))
@@ -883,7 +882,7 @@ def report(run):
             prompt = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
             print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas {on:.3f}")
         if cfg.n_eval:
-            rows = niah.evaluate(*model, run.arms, list(dict.fromkeys(cfg.tasks)), [cfg.context],
+            rows = niah.evaluate(*model, run.arms, list(dict.fromkeys(cfg.tasks)), [cfg.length],
                                  cfg.n_eval, 1, run.out / "niah.jsonl")
             print(niah.table(rows))
     if cfg.n_eval:
