@@ -987,9 +987,6 @@ ROLE_TEMPLATE = (
 
 def load_tokenizer(name_or_path):
     """The transformers tokenizer of a checkpoint, without trust_remote_code."""
-    if name_or_path == "tiny":
-        from niah import tiny_tokenizer  # the closed vocabulary lives where the texts are made
-        return tiny_tokenizer()
     from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
     folder = find_folder(name_or_path, weights=False)
     home = folder
@@ -1050,7 +1047,7 @@ def encode(tokenizer, text, cfg=None):
         unknown = [word for word in dict.fromkeys(text.split()) if word not in known]
         if unknown:
             raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown)[:80]} "
-                             f"(python sample.py --vocabulary lists it)")
+                             f"(python niah.py --vocabulary lists it)")
     ids = tokenizer.encode(text, add_special_tokens=False)
     if cfg and max(ids, default=0) >= cfg.vocab_size:
         raise ValueError(f"the token {tokenizer.decode([max(ids)])!r} has the id {max(ids)}, but "

@@ -551,7 +551,7 @@ def like(x):
     return noise * (x.norm(dim=dims, keepdim=True) / noise.norm(dim=dims, keepdim=True))
 
 
-def closed_book(backbone, tokenizer, inner, arms, n_facts, lengths, n, seed, out=None,
+def closed_book(backbone, tokenizer, inner, *, arms, n_facts, lengths, n, seed, out=None,
                 gen_length=None):
     """Recall with the prompt hidden: the canvas holds the question and the answer, nothing else.
 
@@ -664,6 +664,7 @@ class Evaluation:
                       "CHECKPOINT)")
     chat: bool = option(None, "prompts go through the chat template (default: as trained)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
+    vocabulary: bool = option(False, "print the words of the tiny model's texts, and stop")
 
 
 def main():
@@ -671,6 +672,8 @@ def main():
     add_flags(parser, Evaluation)
     how = Evaluation(**given_flags(Evaluation, parser.parse_args()))
     # 1. What can be told without the model
+    if how.vocabulary:
+        return print(" ".join(vocabulary()))
     if how.checkpoint is None:
         raise ValueError("--checkpoint is needed")
     if 0 in how.lengths and not how.closed_book:
@@ -694,17 +697,17 @@ def main():
     arms = chosen_arms(arms, how.arms or arms)
     # 3. The rows, and a table of them
     model = (backbone, tokenizer)
-    texts = (how.n or 100, how.seed)
+    texts = dict(n=how.n or 100, seed=how.seed, out=out, gen_length=how.gen_length)
     more = dict(steps=how.steps, threshold=how.threshold, passes=how.passes,
                 inner=inner_loop_settings(how.checkpoint), checkpoint=how.checkpoint)
     if how.closed_book:
-        rows = closed_book(*model, more["inner"], arms, how.facts, how.lengths, *texts, out,
-                           how.gen_length)
+        rows = closed_book(*model, more["inner"], arms=arms, n_facts=how.facts,
+                           lengths=how.lengths, **texts)
     elif how.data:
         cells = [read_benchmark(path, *model, how.n, how.gen_length) for path in how.data]
         rows = decode(*model, arms, cells, out, **more)
     else:
-        rows = evaluate(*model, arms, how.tasks, how.lengths, *texts, out, how.gen_length, **more)
+        rows = evaluate(*model, arms, how.tasks, how.lengths, **texts, **more)
     if ranks()[0] > 0:
         return
     if how.closed_book:

@@ -366,8 +366,12 @@ def inner_loop_settings(folder):
     ValueError names the file and the entry that is wrong."""
     path = Path(folder) / "memory.json"
     raw = read_json(path) if path.exists() else {}
-    closed = raw.get("inner_on") == "closed_book"
-    return config_from_dict(memdlm.ClosedBook if closed else memdlm.MemDLMConfig, raw, path)
+    if raw.get("inner_on") == "closed_book":
+        return config_from_dict(memdlm.ClosedBook, raw, path)
+    # older versions wrote the closed book's entries, without effect, beside the paper's
+    unused = dict(masks=0, chunk=0, surprise=0, questions=1, window=0)
+    raw = {name: value for name, value in raw.items() if unused.get(name) != value}
+    return config_from_dict(memdlm.MemDLMConfig, raw, path)
 
 
 def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
@@ -690,9 +694,7 @@ def arguments():
     add("--html", metavar="FILE", help="write a page that shows every step and what the memory "
         "read in the prompt")
     add("--explain", action="store_true",
-        help="print the schedule, tokens per step and forward passes, and stop")
-    add("--vocabulary", action="store_true",
-        help="print the closed vocabulary of the tiny model and stop")
+        help="print the ids of each --prompt, the schedule and the forward passes, and stop")
     add("--seed", type=int, default=0, help="for temperature > 0 and random orders (default: 0)")
     add("--device", help="default: cuda, mps or cpu, whichever is there")
     add("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's own")
@@ -703,9 +705,6 @@ def main():
     parser = arguments()
     args = parser.parse_args()
     how = Decoding(**given_flags(Decoding, args))
-    if args.vocabulary:
-        from niah import vocabulary
-        return print(" ".join(vocabulary()))
     if args.explain and not args.checkpoint:
         any_model = BackboneConfig(family="llada", max_len=sys.maxsize)
         return print(how.filled(any_model).explain())
@@ -721,12 +720,14 @@ def main():
     if args.closed_book and args.prompt:
         args.prompt, arms, hidden = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
     how = how.filled(backbone.cfg)
-    if args.explain:
-        return print(how.explain())
     arms = chosen_arms(arms, args.arm or list(arms)[:2])
     if args.data:
         return decode_file(args, how, backbone, tokenizer, arms)
-    prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt]
+    prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt or ()]
+    if args.explain:
+        for ids in prompts:
+            print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids.tolist()))}")
+        return print(how.explain())
     if args.html:
         # a path that cannot be written is refused before the work
         Path(args.html).touch()

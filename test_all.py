@@ -371,13 +371,13 @@ def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
 
 
 def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
     assert tokenizer.decode(bb.encode(tokenizer, text)) == text
 
 
 def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
     cfg = BackboneConfig()
     assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
@@ -385,7 +385,7 @@ def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
 
 def test_words_outside_the_closed_vocabulary_are_named():
     with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
-        bb.encode(load_tokenizer("tiny"), "the hello sky world")
+        bb.encode(niah.tiny_tokenizer(), "the hello sky world")
 
 
 def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path, monkeypatch):
@@ -614,14 +614,14 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 
 def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
     model = random_backbone(vocab_size=139)
-    bb.save_backbone(model, tmp_path, load_tokenizer("tiny"))
+    bb.save_backbone(model, tmp_path, niah.tiny_tokenizer())
     ids = torch.randint(3, 40, (2, 7))
     assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
     assert load_tokenizer(tmp_path).mask_token_id == 1
 
 
 def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
-    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, load_tokenizer("tiny"))
+    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, niah.tiny_tokenizer())
     vocabulary = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
     with pytest.raises(ValueError, match="another vocabulary"):
@@ -1035,7 +1035,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
 
 
 def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path, tokenizer)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
@@ -1051,7 +1051,7 @@ def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
 
 def test_half_a_character_is_refused_by_name():
     with pytest.raises(ValueError, match="lone surrogate '.ud800', at position 6"):
-        bb.encode(load_tokenizer("tiny"), "river \ud800")
+        bb.encode(niah.tiny_tokenizer(), "river \ud800")
 
 
 def test_an_error_starts_on_a_line_of_its_own_when_a_progress_bar_is_open():
@@ -1417,7 +1417,7 @@ def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("temperature", ["-1", "nan", "inf"]), ("cfg", ["nan", "-0.5"]), ("threshold", ["nan", "-1"]),
+    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]), ("threshold", ["nan", "-1"]),
     ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
 def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
     for value in values:
@@ -1460,6 +1460,12 @@ def test_watching_and_answers_print_no_control_characters(capsys):
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
 
 
+def new_checkpoint():
+    """An untrained tiny checkpoint in the working directory, as a command line names it."""
+    bb.save_backbone(load_backbone("tiny", "cpu"), "new", niah.tiny_tokenizer())
+    return "--checkpoint", "new"
+
+
 class Page(HTMLParser):
     """The tags of a page and the data in it."""
     def __init__(self, text):
@@ -1480,7 +1486,7 @@ class Page(HTMLParser):
 def plain_page():
     """Two prompts, decoded by a model without memory -> what the page holds, and its viewer."""
     prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    viewer = viewer_after(sample.no_memory, load_tokenizer("tiny"), prompts, gen_length=5)
+    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), prompts, gen_length=5)
     return Page(sample.page("plain", [viewer])).data, viewer
 
 
@@ -1497,7 +1503,7 @@ def test_a_page_holds_every_token_of_every_step(plain_page):
 @pytest.mark.parametrize("settings", [
     dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
 def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
-    viewer = viewer_after(sample.no_memory, load_tokenizer("tiny"), [torch.tensor([5, 6, 7])],
+    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
                           gen_length=6, **settings)
     for before, after in zip(viewer.frames, viewer.frames[1:]):
         canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
@@ -1524,7 +1530,7 @@ def test_a_page_needs_no_network():
 def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
     memory = memdlm.prompt_memory(MEM)
     prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
-    viewer = viewer_after(memory, load_tokenizer("tiny"), prompts, gen_length=3)
+    viewer = viewer_after(memory, niah.tiny_tokenizer(), prompts, gen_length=3)
     shown = Page(sample.page("phi", [viewer])).data["rows"][1]["panels"][0]
     model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
     _, phi = memory(model, prompts[1][None], None, 2)
@@ -1535,7 +1541,7 @@ def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
 
 
 def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
-    viewer = viewer_after(meta.memory(), load_tokenizer("tiny"), [torch.tensor([5, 6, 7])],
+    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
                           gen_length=3)
     values = Page(sample.page("slots", [viewer])).data["rows"][0]["panels"][0]["values"]
     assert values[0] is None and len(values) == 4
@@ -1543,7 +1549,7 @@ def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
 
 
 def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here, capsys):
-    argv = ["--checkpoint", "tiny", "--device", "cpu", "--html", "page.html"]
+    argv = [*new_checkpoint(), "--device", "cpu", "--html", "page.html"]
     assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
     row = Page(Path("page.html").read_text()).data["rows"][0]
     assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
@@ -1552,7 +1558,7 @@ def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(her
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(here, capsys):
-    argv = ["--checkpoint", "tiny", "--device", "cpu", "--prompt", "river", "--html", "no/page"]
+    argv = [*new_checkpoint(), "--device", "cpu", "--prompt", "river", "--html", "no/page"]
     assert main_of(sample, argv) == 2
     said = capsys.readouterr()
     assert "no/page" in said.err and not said.out
@@ -1565,7 +1571,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(her
     ("  river = 47 .\n? river =\n", "? river =")])
 def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
         text, question):
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     model = load_backbone("tiny", "cpu")
     longer = "stone = 12 . the sky is blue . ? stone ="
     questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
@@ -1583,13 +1589,13 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
 @pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
 def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
         here, capsys, text):
-    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
     assert main_of(sample, [*argv, text]) == 2
     assert "has no question behind a text" in capsys.readouterr().err
 
 
 def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
-    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--prompt"]
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
     assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
@@ -2264,7 +2270,7 @@ def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(fa
 def meta_checkpoint(tmp_path):
     """A MetaState in tmp_path/meta, trained on the backbone in tmp_path/base."""
     model = random_backbone(vocab_size=139)
-    bb.save_backbone(model, tmp_path / "base", load_tokenizer("tiny"))
+    bb.save_backbone(model, tmp_path / "base", niah.tiny_tokenizer())
     meta = trained_meta(model)
     metastate.save(meta, tmp_path / "meta", tmp_path / "base", metastate.fingerprint(model))
     return meta
@@ -2414,9 +2420,10 @@ def test_pairs_of_the_evaluation_never_occur_in_training():
 
 def test_all_evaluations_ask_about_pairs_that_are_held_out():
     model = load_backbone("tiny", "cpu")
-    arguments = (model, load_tokenizer("tiny"), {"off": sample.no_memory}, ["multikey"])
+    arguments = (model, niah.tiny_tokenizer(), {"off": sample.no_memory}, ["multikey"])
     rows = niah.evaluate(*arguments, [16], 20, 0) + niah.evaluate(*arguments, [16], 20, 0, passes=1)
-    rows += niah.closed_book(*arguments[:2], CLOSED, ["none"], [4], [0], 20, 0)
+    rows += niah.closed_book(*arguments[:2], CLOSED, arms=["none"], n_facts=[4], lengths=[0], n=20,
+                             seed=0)
     assert len(rows) == 60
     for row in rows:
         assert all(niah.for_evaluation(*pair) for pair in pairs_in(row["prompt"]))
@@ -2463,7 +2470,7 @@ def test_the_chance_of_a_story_is_that_of_a_guesser_who_names_a_place_of_the_tex
 
 
 def test_a_story_counts_only_if_the_place_is_the_only_one_named():
-    tokenizer, config = load_tokenizer("tiny"), BackboneConfig()
+    tokenizer, config = niah.tiny_tokenizer(), BackboneConfig()
     s = niah.make_samples(["stories"], 64, 1, 0, "eval")[0]
     right = s.refs[0]
     wrong = next(p for p in niah.PLACES if p != right)
@@ -2486,7 +2493,7 @@ def write_prompts(lines):
     """prompts.jsonl, and a checkpoint in `saved`."""
     write_lines("prompts.jsonl", lines)
     torch.manual_seed(0)
-    bb.save_backbone(load_backbone("tiny", "cpu"), "saved", load_tokenizer("tiny"))
+    bb.save_backbone(load_backbone("tiny", "cpu"), "saved", niah.tiny_tokenizer())
 
 
 def write_lines(file, lines):
@@ -2554,7 +2561,7 @@ def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long
 def test_a_wrong_line_of_a_benchmark_is_named_with_file_and_line(here, line, message):
     file = write_lines("qa1.jsonl", [RULER[0], line])
     with pytest.raises(ValueError, match=f"qa1.jsonl, line 2: .*{message}"):
-        niah.read_benchmark(file, load_backbone("tiny", "cpu"), load_tokenizer("tiny"))
+        niah.read_benchmark(file, load_backbone("tiny", "cpu"), niah.tiny_tokenizer())
 
 
 PROMPTS = [{"prompt": "river = 47 . ? river =", "task_id": "HumanEval/0"},
@@ -2690,7 +2697,7 @@ def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, ca
         backbone.cfg.max_len = 100
         return backbone, tokenizer, {arm: counting(memory, calls) for arm, memory in arms.items()}
     monkeypatch.setattr(niah, "load_arms", watched)
-    common = ["--checkpoint", "tiny", "--n", "2", "--device", "cpu"]
+    common = [*new_checkpoint(), "--n", "2", "--device", "cpu"]
     for argv, message in ((["--out", "none/rows.jsonl"], "--out none/rows.jsonl cannot be written"),
                           (["--out", "."], "--out . cannot be written"),
                           (["--lengths", "64", "95"], "--lengths 95"),
@@ -2701,12 +2708,13 @@ def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, ca
     monkeypatch.setattr(niah, "encode_prompt", lambda tokenizer, config, text: [1] * 97)
     assert main_of(niah, common + ["--lengths", "64"]) == 2
     assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
-    assert not calls and not list(Path().iterdir())
+    assert not calls and {f.name for f in Path().iterdir()} == {"new"}
+    assert not Path("new/niah.jsonl").exists()
 
 
 def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
     model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
 
     def failing(*inputs):
         raise ValueError("the power is gone")
@@ -2746,7 +2754,7 @@ def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatc
             return predict(xt, t, state, at)[0], (torch.ones(len(xt), 2, 2), {}, None)
         return slots_too, None
     tokenizer = Characters()
-    assert niah.answer_budget(load_tokenizer("tiny")) == niah.BUDGET
+    assert niah.answer_budget(niah.tiny_tokenizer()) == niah.BUDGET
     longest = max(len(s.answer) for s in niah.make_samples(list(niah.TASKS), 64, 2000, 0))
     assert niah.answer_budget(tokenizer) >= longest + 1
     arguments = (model, tokenizer, {"off": memory}, ["resolve"])
@@ -2773,7 +2781,7 @@ def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_an
 
 def test_the_controls_of_the_closed_book_are_what_they_are_called():
     model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     samples = closed_samples()
     phi = {arm: niah.phi_of_arm(model, tokenizer, samples, arm, CLOSED)
            for arm in niah.CLOSED_ARMS}
@@ -2793,7 +2801,7 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
 def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
     torch.manual_seed(0)
     model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     samples = closed_samples()
     inner = dataclasses.replace(CLOSED, chunk=16)
     phi = niah.phi_of_arm(model, tokenizer, samples, "phi", inner)
@@ -2808,10 +2816,10 @@ def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
 
 def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
     model = load_backbone("tiny", "cpu")
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
     out = tmp_path / "rows.jsonl"
-    arms = ["none", "written"]
-    rows = niah.closed_book(model, tokenizer, CLOSED, arms, [2, 4], [0, 40], 3, 0, out)
+    rows = niah.closed_book(model, tokenizer, CLOSED, arms=["none", "written"], n_facts=[2, 4],
+                            lengths=[0, 40], n=3, seed=0, out=out)
     assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
     first = json.loads(out.read_text().splitlines()[0])
     assert {"arm", "facts", "length", "recall"} <= first.keys()
@@ -2822,16 +2830,17 @@ def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
 
 def test_a_length_that_so_many_facts_do_not_fit_is_left_out():
     model = load_backbone("tiny", "cpu")
-    rows = niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none"], [4, 16], [0, 40], 2, 0)
+    rows = niah.closed_book(model, niah.tiny_tokenizer(), CLOSED, arms=["none"], n_facts=[4, 16],
+                            lengths=[0, 40], n=2, seed=0)
     assert {(r["facts"], r["length"]) for r in rows} == {(4, 0), (4, 40), (16, 0)}
     assert niah.closed_table(rows).splitlines()[2].split()[-2] == "-"
 
 
 def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
-    argv = ["--checkpoint", "tiny", "--closed_book", "--device", "cpu", "--n", "2",
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--n", "2",
             "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "written"]
     assert main_of(niah, argv) == 0
-    rows = [json.loads(line) for line in Path("closed_book.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("new/closed_book.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 2 * 2
     cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
     assert cells == {(a, f, n) for a in ("none", "written") for f in (1, 3) for n in (0, 32)}
@@ -3027,7 +3036,7 @@ def small_folder(folder, family="llada", **more):
     sizes = dict(vocab_size=139, embedding_size=139, mask_token_id=1, eos_token_id=2, **more)
     known = {name: value for name, value in sizes.items() if name in CONFIGS[family]}
     write_checkpoint(folder, family, **known)
-    load_tokenizer("tiny").save_pretrained(folder)
+    niah.tiny_tokenizer().save_pretrained(folder)
 
 
 def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
@@ -3053,7 +3062,7 @@ GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="
 
 
 def read_jsonl(file, max_len=64):
-    return train.read_jsonl(file, load_tokenizer("tiny"), BackboneConfig(), max_len)
+    return train.read_jsonl(file, niah.tiny_tokenizer(), BackboneConfig(), max_len)
 
 
 def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
@@ -3110,7 +3119,7 @@ def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_sp
                              (["--backbone", "other"], "the backbone was")):
         write_checkpoint(here / "other", "llada", vocab_size=139, embedding_size=139,
                          mask_token_id=1, eos_token_id=2, rope_theta=2.0)
-        load_tokenizer("tiny").save_pretrained("other")
+        niah.tiny_tokenizer().save_pretrained("other")
         with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
             run_train(*options, "--backbone", "base", "--data", "data.jsonl", "--out", "run",
                       "--resume", *changed)
@@ -3628,7 +3637,7 @@ def test_the_closed_book_needs_a_context_in_every_line_of_its_data(here):
 def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere(here):
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
     whole = read_jsonl("book.jsonl")[0]
-    hidden = train.read_jsonl("book.jsonl", load_tokenizer("tiny"), BackboneConfig(), 64, True)[0]
+    hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
     assert whole.text == []
     assert hidden.text + hidden.prompt == whole.prompt
     assert len(hidden.prompt) == 3
@@ -4561,7 +4570,7 @@ def exposure_main(argv):
 def walker(remembers=True):
     """A memory that goes one line up the chain at every pass and answers with where it is. Its slot
     holds the word it has reached; with remembers=False it starts from the asked name every time."""
-    tokenizer = load_tokenizer("tiny")
+    tokenizer = niah.tiny_tokenizer()
 
     def memory(backbone, xt, attend, start):
         texts = [tokenizer.decode(row[:start]) for row in xt]
@@ -4582,7 +4591,7 @@ def walker(remembers=True):
 
 def slot_shares(memory):
     """{(table, hops, after): the share of rows that follow own, donor} at the last of 5 passes."""
-    rows = slot_rows(load_backbone("tiny", "cpu"), load_tokenizer("tiny"), memory, 8, 3, 5)
+    rows = slot_rows(load_backbone("tiny", "cpu"), niah.tiny_tokenizer(), memory, 8, 3, 5)
     found = {}
     for r in rows:
         if r["steps"] == 5:
@@ -4614,7 +4623,7 @@ def test_slots_put_back_once_delay_a_walk_by_the_passes_before_and_a_memoryless_
 
 
 def test_the_tables_of_the_slots_show_shares_of_donor_own_and_neither(tmp_path):
-    rows = slot_rows(load_backbone("tiny", "cpu"), load_tokenizer("tiny"), walker(), 4, 3, 3,
+    rows = slot_rows(load_backbone("tiny", "cpu"), niah.tiny_tokenizer(), walker(), 4, 3, 3,
                      tmp_path / "slots.jsonl")
     assert len(rows) == len((tmp_path / "slots.jsonl").read_text().splitlines())
     lines = [line.split() for line in slots_table(rows, 3).splitlines()]
@@ -5072,8 +5081,8 @@ def test_a_table_reads_the_rows_that_the_closed_book_writes(here):
     model = random_backbone(vocab_size=139)
     file = Path("closed-seed3/closed_book.jsonl")
     file.parent.mkdir()
-    niah.closed_book(model, load_tokenizer("tiny"), CLOSED, ["none", "written"], [1, 2], [0], 3, 1,
-                     file)
+    niah.closed_book(model, niah.tiny_tokenizer(), CLOSED, arms=["none", "written"], n_facts=[1, 2],
+                     lengths=[0], n=3, seed=1, out=file)
     by_facts, by_length = (table_over_seeds([file], "recall", by) for by in ("facts", "length"))
     assert [line.split()[:3] for line in by_facts.splitlines()[1:]] == [
         ["facts", "closed", "none"], ["facts", "closed", "written"]]

@@ -348,7 +348,7 @@ class Run:
                              f"a smaller --batch_size or --max_len, --lora, --checkpointing")
         dtype = cfg.dtype and getattr(torch, cfg.dtype)
         source = "tiny" if self.plan.to_pretrain else cfg.source
-        self.tokenizer = load_tokenizer(source)
+        self.tokenizer = niah.tiny_tokenizer() if source == "tiny" else load_tokenizer(source)
         torch.manual_seed(cfg.seed)
         if source == "tiny":
             self.backbone = Backbone(BackboneConfig(conv_residual=self.closed)).init_weights()
@@ -553,8 +553,8 @@ class Run:
 
     def recalled(self, n=50):
         """Closed book: the share of n held-out texts of four facts that phi answers from."""
-        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, ["written"], [4], [0], n,
-                                0)
+        rows = niah.closed_book(self.backbone, self.tokenizer, self.inner, arms=["written"],
+                                n_facts=[4], lengths=[0], n=n, seed=0)
         return sum(r["recall"] for r in rows) / n
 
     def held_out_loss(self, memory, passes=1):
@@ -867,9 +867,10 @@ def report(run):
     if run.closed:
         flag, lengths = " --closed_book", "0 64 256 1024 4096 --n 200"
         if cfg.n_eval:
-            rows = niah.closed_book(*model, run.inner, ["none", "written", "phi", "other", "open"],
-                                    [4, 8], [0, cfg.length, 4 * cfg.length], cfg.n_eval, 1,
-                                    run.out / "closed_book.jsonl")
+            rows = niah.closed_book(*model, run.inner, n_facts=[4, 8], n=cfg.n_eval, seed=1,
+                                    arms=["none", "written", "phi", "other", "open"],
+                                    lengths=[0, cfg.length, 4 * cfg.length],
+                                    out=run.out / "closed_book.jsonl")
             print("\nclosed book: the text is written into the weights, then hidden; recall in %")
             print(niah.closed_table(rows))
     else:
