@@ -15,7 +15,6 @@ training, so a right answer was read from the prompt, not remembered.
 Left out: essays as filler, 7-digit numbers, UUIDs (closed vocabulary), RULER's one-shot examples.
 Run: python niah.py --checkpoint runs/memdlm
 """
-import json
 import math
 import os
 import random

@@ -1417,7 +1417,8 @@ def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]), ("threshold", ["nan", "-1"]),
+    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]),
+    ("threshold", ["nan", "-1"]),
     ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
 def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
     for value in values:
