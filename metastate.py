@@ -398,6 +398,13 @@ class Wiped(MetaState):
         return super().carry(None, batch)
 
 
+def wiped(meta, backbone_cfg):
+    """The memory of a trained MetaState with its weights, and nothing that crosses a step."""
+    control = Wiped(backbone_cfg, meta.settings).to(meta.s0.device)
+    control.load_state_dict(meta.state_dict())
+    return control.memory()
+
+
 class Reset(Wiped):
     """The same as a control to train. So that Mixer and Updater have work to do and get a gradient,
     they first fill the slots from the activations at the injection."""

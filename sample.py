@@ -345,9 +345,7 @@ def load_arms(checkpoint, device=None, dtype=None, chat=None):
     meta, backbone, base = metastate.load(path, device, dtype, chat)
     arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
     if meta.settings.memory == "slots":
-        wiped = metastate.Wiped(backbone.cfg, meta.settings).to(backbone.device)
-        wiped.load_state_dict(meta.state_dict())
-        arms["wiped"] = wiped.memory()
+        arms["wiped"] = metastate.wiped(meta, backbone.cfg)
         arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
     return backbone, load_tokenizer(base), arms
 

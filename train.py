@@ -197,6 +197,15 @@ def train_metastate(run):
 
 
 LOOPS = {"mdlm": train_mdlm, "memdlm": train_memdlm, "metastate": train_metastate}
+# What the first line and the last table of a run say.
+LOSSES = {"mdlm": "plain MDLM, without a memory", "metastate": "MetaState's loss, K steps unrolled",
+          "response": "MemDLM's loss: the inner loop sees the labels that the outer loss scores",
+          "prompt": "a variant of MemDLM's loss (ours): the inner loop reads the prompt alone",
+          "closed_book": "the closed book (ours): a text is written into phi and hidden. MemDLM's "
+                         "own loss: --inner_on response"}
+ARMS = {"off": "no memory", "on": "phi, adapted to the prompt by the inner loop",
+        "frozen": "the backbone alone", "metastate": "slots carried from step to step",
+        "wiped": "control: the same weights, slots put back at every step"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -334,6 +343,8 @@ class Run:
         self.closed = self.plan.closed
         self.out = Path(cfg.out)
         if self.rank == 0:
+            loss = self.inner.inner_on if cfg.method == "memdlm" else cfg.method
+            print(f"trains {LOSSES[loss]}")
             print(f"memory for {cfg.method} on {cfg.source}, {cfg.batch_size} rows of "
                   f"{self.plan.length} tokens: {show_estimate(self.plan.sizes)}")
 
@@ -859,39 +870,46 @@ def train(run):
 
 
 def report(run):
-    """What the memory does: off first, then on; and how to go on."""
+    """What the memory does: off first, then on, controls; and how to go on."""
     cfg = run.cfg
     model = run.backbone, run.tokenizer
-    flag, lengths = "", "64 128 256"
-    prompt = "the sky is blue . river = 47 . stone = 12 . ? river ="
+    what, arms, flag, lengths = ARMS, run.arms, "", "64 128 256"
+    # several, so that no lucky guess hides what the memory does
+    prompts = ('"the sky is blue . river = 47 . stone = 12 . ? river =" '
+               '"piano = 21 . cloud = 30 . the moon is old . ? cloud ="')
     if run.closed:
-        flag, lengths = " --closed_book", "0 64 256 1024 4096 --n 200"
+        what, flag, lengths = niah.CLOSED_ARMS, " --closed_book", "0 64 256 1024 4096 --n 200"
+        arms = ["none", "written", "phi", "other", "open"]
         if cfg.n_eval:
-            rows = niah.closed_book(*model, run.inner, n_facts=[4, 8], n=cfg.n_eval, seed=1,
-                                    arms=["none", "written", "phi", "other", "open"],
+            rows = niah.closed_book(*model, run.inner, arms, n_facts=[4, 8], n=cfg.n_eval, seed=1,
                                     lengths=[0, cfg.length, 4 * cfg.length],
                                     out=run.out / "closed_book.jsonl")
             print("\nclosed book: the text is written into the weights, then hidden; recall in %")
             print(niah.closed_table(rows))
     else:
-        off, on = (run.held_out_loss(memory, run.passes) for memory in run.arms.values())
+        off, on = (run.held_out_loss(memory, run.passes) for memory in arms.values())
         if run.meta is None:
             print(f"\nheld-out loss: memory off {off:.3f}, adapted to the prompt {on:.3f}; leaky, "
                   f"an upper bound and no result: {run.leaky_loss():.3f}")
         else:
             lengths = "64 --tasks resolve --passes 8"
-            prompt = "table = 34 . pepper = table . the sky is blue . candle = pepper . ? candle is"
+            text = ("saddle = jacket . table = 34 . pepper = table . the sky is blue . "
+                    "ladder = saddle . candle = pepper . jacket = 59 .")
+            prompts = f'"{text} ? candle is" "{text} ? ladder is"'
             print(f"\nheld-out loss: frozen {off:.3f}, second pass over the same canvas {on:.3f}")
+            if "metastate" in arms:
+                arms["wiped"] = metastate.wiped(run.meta, run.backbone.cfg)
         if cfg.n_eval:
-            rows = niah.evaluate(*model, run.arms, list(dict.fromkeys(cfg.tasks)), [cfg.length],
+            rows = niah.evaluate(*model, arms, list(dict.fromkeys(cfg.tasks)), [cfg.length],
                                  cfg.n_eval, 1, run.out / "niah.jsonl")
             print(niah.table(rows))
     if cfg.n_eval:
         print(f"n = {cfg.n_eval} a cell, 95 % intervals over texts")
+        print("\n".join(f"  {arm:<11}{what.get(arm, 'control: --memory ' + arm)}" for arm in arms))
     print(f"{cfg.steps} steps in {run.seconds / 60:.1f} min, peak memory "
           f"{peak_memory() / 1e9:.2f} GB\n\ngo on with\n"
           f"  python niah.py --checkpoint {cfg.out}{flag} --lengths {lengths}\n"
-          f"  python sample.py --checkpoint {cfg.out}{flag} --watch --prompt \"{prompt}\"")
+          f"  python sample.py --checkpoint {cfg.out}{flag} --watch --prompt {prompts}")
 
 
 # ------------------------------------------------------------------------------------------------
