@@ -10,10 +10,10 @@ By hand:
   python test_all.py --slots CHECKPOINT               what happens when slots are exchanged or reset
   python test_all.py --exposure CHECKPOINT            exposure bias of every arm
   python test_all.py --starter DIR                    the student's copy: the course (README)
-With LLaDA-8B-Instruct's own files `python sample.py --checkpoint GSAI-ML/LLaDA-8B-Instruct --explain
---prompt "Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6 kilometers per
-hour. How many kilometers can she run in 8 hours?"` must print 49 prompt ids that start 126080 126346
-3840 126347 198 198 86059 (not checked: they could not be had here).
+With LLaDA-8B-Instruct's own files `python sample.py --checkpoint GSAI-ML/LLaDA-8B-Instruct
+--explain --prompt "Lily can run 12 kilometers per hour for 4 hours. After that, she runs 6
+kilometers per hour. How many kilometers can she run in 8 hours?"` must print 49 prompt ids that
+start 126080 126346 3840 126347 198 198 86059 (not checked: they could not be had here).
 """
 import argparse
 import ast
