@@ -881,8 +881,8 @@ def report(run):
         what, flag, lengths = niah.CLOSED_ARMS, " --closed_book", "0 64 256 1024 4096 --n 200"
         arms = ["none", "written", "phi", "other", "open"]
         if cfg.n_eval:
-            rows = niah.closed_book(*model, run.inner, arms, n_facts=[4, 8], n=cfg.n_eval, seed=1,
-                                    lengths=[0, cfg.length, 4 * cfg.length],
+            rows = niah.closed_book(*model, run.inner, arms=arms, n_facts=[4, 8], n=cfg.n_eval,
+                                    lengths=[0, cfg.length, 4 * cfg.length], seed=1,
                                     out=run.out / "closed_book.jsonl")
             print("\nclosed book: the text is written into the weights, then hidden; recall in %")
             print(niah.closed_table(rows))
