@@ -406,11 +406,10 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
 
     def read(raw, size):
         raw = raw if isinstance(raw, dict) and isinstance(raw.get("outputs", []), list) else {}
-        ruler = raw.get("outputs")
+        ruler, begun, length = map(raw.get, ("outputs", "answer_prefix", "length"))
         text, *refs = [raw.get("input"), *(ruler or [raw.get("target"), raw.get("question")])]
-        begun, length = raw.get("answer_prefix", ""), raw.get("length", 0)
-        if not all(isinstance(x, str) for x in [text, begun, *refs]) or not all(refs) \
-                or not isinstance(length, int):
+        if not all(isinstance(x, str) for x in [text, begun or "", *refs]) or not all(refs) \
+                or not isinstance(length or 0, int):
             raise ValueError("expected RULER's {\"input\": text, \"outputs\": [texts]} or "
                              "BABILong's {\"input\", \"question\", \"target\"}")
         if not ruler:
@@ -419,7 +418,8 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
                 raise ValueError(f"target {refs[0]!r:.40} is no answer of {task}: name a file of "
                                  f"BABILong after its task, qa1 to qa10")
         # no token has 100 bytes on average
-        ids = encode_prompt(tokenizer, backbone.cfg, text, begun) if size < 100 * limit else []
+        fits = size < 100 * limit
+        ids = encode_prompt(tokenizer, backbone.cfg, text, begun or "") if fits else []
         entries = {k: v for k, v in raw.items() if k != "input"}
         return ids, Line(task, text, " ".join(refs), refs, 0.0 if ruler else 1 / len(labels),
                          length=length or len(ids), entries=entries, labels=() if ruler else labels)
@@ -461,7 +461,7 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
     passes: redundant recomputation instead, MetaState's "Information Island": so many passes over
     the same, fully masked answer, after each all tokens committed at once. A frozen model computes
     the same logits every time; with slots a pass can use the last one.
-    inner: the settings of the arms that write prompts; their cost is told."""
+    inner: how the arms that write prompts do it; what that costs is told."""
     jobs = [(*batch, gen_length, arm, number) for gen_length, samples, prompts in cells
             for arm, number in product(arms, passes and [passes] or threshold is None and steps
                                        or [gen_length])

@@ -435,20 +435,18 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def append_rows(jobs, work, out, done=0):
+def append_rows(jobs, work, out):
     """The rows work(job) of all jobs in their order, appended to the JSONL file `out` as they come.
-    The processes of torchrun share out the jobs, one each at a time; the first of them writes.
-    done: rows of the first job that are in the file already."""
+    The processes of torchrun share out the jobs, one each at a time; the first of them writes."""
     rank, world = ranks() if out else (0, 1)
     rows = []
     with tqdm(total=len(jobs), unit="batch", leave=False, disable=rank > 0) as bar:
         for i in range(0, len(jobs), world):
             mine = [row for job in jobs[i + rank:i + rank + 1] for row in work(job)]
-            parts = [mine]
+            parts = [mine] * world
             if world > 1:
-                parts = [None] * world
                 dist.all_gather_object(parts, mine)
-            new = [row for part in parts for row in part][done * (i == 0):]
+            new = [row for part in parts for row in part]
             if out and rank == 0:
                 with open(out, "a") as f:
                     f.writelines(json.dumps(row) + "\n" for row in new)
@@ -622,15 +620,14 @@ def decode_file(args, how, backbone, tokenizer, arms):
     """--data: its lines, with one arm after the other -> lines of --out in this order. What --out
     holds is kept, but for half a line at its end, and not decoded again.
     ValueError names file and line of what is wrong."""
-    given = dict(dataclasses.asdict(how), checkpoint=args.checkpoint, seed=args.seed)
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = dict(dataclasses.asdict(how), checkpoint=args.checkpoint, seed=args.seed)
 
     def read(raw, size):
         prompt = isinstance(raw, dict) and (raw.get("messages") or raw.get("prompt"))
         if not isinstance(prompt, str) and not are_messages(prompt) \
                 or {"arm", "answer", "settings"} & set(raw):
-            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", "
-                             "\"content\"}, ...]}, and no \"arm\", \"answer\", \"settings\"")
+            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", \"content\"}, "
+                             "...]}, and no \"arm\", \"answer\", \"settings\"")
         ids = encode_prompt(tokenizer, backbone.cfg, prompt)
         how.filled(backbone.cfg, len(ids))
         return raw, torch.tensor(ids)
@@ -661,10 +658,9 @@ def decode_file(args, how, backbone, tokenizer, arms):
         ids = [cut(row, backbone.cfg) for row in ids]
         tokens += sum(map(len, ids))
         return [dict(rows[i], answer=tokenizer.decode(row, skip_special_tokens=True))
-                for i, row in zip(job, ids)]
-    append_rows(jobs, work, args.out, len(kept) - jobs[0].start if jobs else 0)
-    said = cost(sum(v.passes for v in viewers), tokens, time.time() - began)
-    print(f"process {ranks()[0]}: {said}")
+                for i, row in zip(job, ids) if i >= len(kept)]
+    append_rows(jobs, work, args.out)
+    print(cost(sum(v.passes for v in viewers), tokens, time.time() - began))
 
 
 def arguments():
