@@ -395,10 +395,9 @@ class Line(Sample):
 
 
 def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
-    """The first n lines (None: all) of a file in RULER's or BABILong's layout -> a cell of `decode`
-    (gen_length, samples, prompts). What is longer than the model's limit is left out, and counted.
-    Its task is its name or its folder's, its length the longest, in steps of 1,024.
-    ValueError names file and line of what is wrong."""
+    """The first n lines of a file in RULER's or BABILong's layout -> a cell of `decode`, without
+    what is longer than the model's limit. Its task is its name or its folder's, its length the
+    longest, in steps of 1,024. ValueError names file and line of what is wrong."""
     task, limit = re.sub(r"[_-]?\d+k$", "", Path(path).stem), backbone.cfg.max_len
     if task in ("", "validation"):                      # RULER: niah_single_1/validation.jsonl
         task = Path(path).absolute().parent.name
@@ -433,8 +432,8 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
     if not fit:
         raise ValueError(f"{path}: no sample is left")
     longest = max(s.length for _, s in fit)
-    longest = longest if longest <= 1024 else 1024 * math.ceil(longest / 1024)
-    return gen_length, [replace(s, length=longest) for _, s in fit], [ids for ids, _ in fit]
+    length = longest if longest <= 1024 else 1024 * math.ceil(longest / 1024)
+    return gen_length, [replace(s, length=length) for _, s in fit], [ids for ids, _ in fit]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,10 +457,8 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
     (gen_length, samples, prompts), in LLaDA's settings for these tasks: one block, temperature 0.
 
     steps: numbers of denoising steps, by default (and with a threshold) one per answer token.
-    passes: redundant recomputation instead, MetaState's "Information Island": so many passes over
-    the same, fully masked answer, after each all tokens committed at once. A frozen model computes
-    the same logits every time; with slots a pass can use the last one.
-    inner: how the arms that write prompts do it; what that costs is told."""
+    passes: redundant recomputation instead, MetaState's "Information Island": see `repeat`.
+    inner: of the arms that write prompts, whose cost is told."""
     jobs = [(*batch, gen_length, arm, number) for gen_length, samples, prompts in cells
             for arm, number in product(arms, passes and [passes] or threshold is None and steps
                                        or [gen_length])
@@ -499,7 +496,9 @@ def cost(backbone, jobs, inner):
 
 @torch.no_grad()
 def repeat(backbone, memory, prompts, passes, gen_length):
-    """Passes over masked answers; yields the likeliest ids (n, gen_length), the memory's state."""
+    """Passes over the same, fully masked answers; each yields the likeliest ids (n, gen_length) and
+    the memory's state. A frozen model gives the same every time; with slots a pass can use the last
+    one."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
     start = ids.shape[1]
     xt = F.pad(ids, (0, gen_length), value=backbone.cfg.mask_id)

@@ -626,8 +626,8 @@ def decode_file(args, how, backbone, tokenizer, arms):
         prompt = isinstance(raw, dict) and (raw.get("messages") or raw.get("prompt"))
         if not isinstance(prompt, str) and not are_messages(prompt) \
                 or {"arm", "answer", "settings"} & set(raw):
-            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", \"content\"}, "
-                             "...]}, and no \"arm\", \"answer\", \"settings\"")
+            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", "
+                             "\"content\"}, ...]}, and no \"arm\", \"answer\", \"settings\"")
         ids = encode_prompt(tokenizer, backbone.cfg, prompt)
         how.filled(backbone.cfg, len(ids))
         return raw, torch.tensor(ids)
@@ -640,8 +640,9 @@ def decode_file(args, how, backbone, tokenizer, arms):
     starts = [json.dumps(row)[:-1] for row in rows]
     if len(kept) > len(rows) or not all(map(str.startswith, kept, starts)):
         raise ValueError(f"--out {args.out} holds other answers: name another, or remove it")
-    if ranks()[0] == 0 and old:
-        os.truncate(args.out, len(whole))
+    if ranks()[0] == 0:
+        with open(args.out, "ab") as f:     # a path that cannot be written is refused here
+            f.truncate(len(whole))
     # 2. The rest, in the batches of a run that was not stopped
     n, began, viewers, tokens = len(raws), time.time(), [], 0
     jobs = [range(first + i, first + min(i + args.batch_size, n))
@@ -704,6 +705,8 @@ def main():
         return print(how.filled(any_model).explain())
     if not args.checkpoint or not (args.prompt or args.explain or args.data and args.out):
         parser.error("--checkpoint and --prompt, or --data and --out, are needed")
+    if args.data and (args.prompt or args.closed_book or args.watch or args.html):
+        parser.error("--data goes without --prompt, --closed_book, --watch and --html")
     if args.batch_size < 1:
         parser.error("--batch_size must be at least 1")
     if args.data:
@@ -715,7 +718,7 @@ def main():
         args.prompt, arms, hidden = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
     how = how.filled(backbone.cfg)
     arms = chosen_arms(arms, args.arm or list(arms)[:2])
-    if args.data:
+    if args.data and not args.explain:
         return decode_file(args, how, backbone, tokenizer, arms)
     prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt or ()]
     if args.explain:

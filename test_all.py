@@ -2559,7 +2559,7 @@ def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long
 
 @pytest.mark.parametrize("line, message", [
     ([], "expected RULER"), ({"input": "river", "outputs": "47"}, "expected RULER"),
-    ({"input": "river", "outputs": [""]}, "expected RULER"),
+    ({"input": "river", "outputs": [""]}, "expected RULER"), ({"input": None}, "expected RULER"),
     ({"input": "river", "target": "kitchen"}, "expected RULER"),
     ({**BABILONG[0], "target": "moon"}, "no answer of"),
     ({"input": "unheard-of", "outputs": ["47"]}, "words outside the closed vocabulary")])
@@ -2591,7 +2591,10 @@ def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_wh
         Path("parts.jsonl").write_bytes(whole[:kept])
         assert main_of(sample, [*DECODE, "--out", "parts.jsonl"]) == 0
         assert Path("parts.jsonl").read_bytes() == whole
+    for wrong in (["--out", "none/rows.jsonl"], ["--out", "rows.jsonl", "--watch"]):
+        assert main_of(sample, [*DECODE, *wrong]) == 2
     # answers with other settings are never mixed
+    capsys.readouterr()
     assert main_of(sample, [*DECODE, "--out", "whole.jsonl", "--steps", "3"]) == 2
     assert "holds other answers" in capsys.readouterr().err
     assert Path("whole.jsonl").read_bytes() == whole
