@@ -3788,6 +3788,9 @@ def test_every_command_of_the_readme_runs(here):
     commands = readme_commands()
     assert len(commands) >= 10
     write_data("train.jsonl", 12)
+    write_data("longalpaca.jsonl", 12)
+    write_data("gsm8k.jsonl", 2)
+    write_lines("4096/data/vt/validation.jsonl", RULER)
     write_small_checkpoints(here / "Org", commands)
     main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
             "test_all.py": by_hand}
@@ -5031,7 +5034,49 @@ TABLES = {
           MemDLM, its own (leaky) loss      0.00 / 0.00 / 0.00    0.57 / 0.80 / 0.59
         The training loss is divided by all answer tokens, the held-out loss (128 texts) by the
         masked ones, about half of them: twice the training loss is loss per masked token, too.
-        --inner_on prompt leaks nothing.""")}
+        --inner_on prompt leaks nothing."""),
+    "papers": Table(
+        [], lambda runs, seeds: "nothing is run: these are commands for the published weights", "",
+        """
+        MemDLM's Table 1 (LLaDA-MoE; RULER and BABILong at 4K and 8K). The data:
+          git clone https://github.com/NVIDIA/RULER: its scripts write
+            RULER/.../4096/data/niah_multivalue/validation.jsonl
+          BABILong (RMT-team/babilong): one {"input", "question", "target"} a line, files named
+            qa1_4k.jsonl ... qa5_8k.jsonl
+        The commands (`torchrun --nproc_per_node=8` in place of `python` shares the samples out over
+        8 GPUs: the same rows in the same order):
+          python train.py --method mdlm --backbone inclusionAI/LLaDA-MoE-7B-A1B-Base
+            --data longalpaca.jsonl --out runs/standard
+          python train.py --method memdlm --backbone inclusionAI/LLaDA-MoE-7B-A1B-Base
+            --data longalpaca.jsonl --out runs/moe
+          python niah.py --checkpoint runs/standard --arms off
+            --data {4096,8192}/data/{niah_multivalue,vt,cwe}/validation.jsonl
+          python niah.py --checkpoint runs/moe
+            --data {4096,8192}/data/{niah_multivalue,vt,cwe}/validation.jsonl
+          python niah.py --checkpoint runs/moe --data qa?_4k.jsonl qa?_8k.jsonl
+            --out babilong.jsonl
+        The decoding is that of MemDLM's evaluation: one block, one token a step, greedy, the
+        benchmark's own answer length (NIAH 128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16). Scores
+        are the benchmarks' own: RULER's string_match_all (qa: string_match_part); BABILong's as in
+        the harness (the target is a substring), --metric exact for its official rule. The numbers
+        in the paper (theirs, not ours; 500 samples, no error bars; none of this was run here on the
+        published weights), recall in %:
+                                          MV 4K   8K     VT 4K  8K     CWE 4K 8K     BABILong 4K 8K
+          Standard MDLM (standard, off)   87.90  92.50   99.40  78.84  69.10  55.18  45.60  41.80
+          MemDLM, train only (moe, off)   95.85  96.95   99.52  94.84  75.72  58.20  50.60  45.60
+          train + inference (moe, on)     96.80  97.00   99.60  95.80  83.70  61.96  51.20  47.00
+        Differs: BABILong's two examples and instruction are the harness's; whoever wants them
+        writes them into `input`. The column is the longest sample of a file, in steps of 1,024. A
+        sample beyond the model's limit is left out and counted.
+        MetaState (frozen against MetaState on any exported benchmark, GSM8K for example):
+          python train.py --method metastate --backbone GSAI-ML/LLaDA-8B-Instruct
+            --data train.jsonl --out runs/slots
+          python sample.py --checkpoint runs/slots --arm frozen metastate --data gsm8k.jsonl
+            --out answers.jsonl --gen_length 256
+        gsm8k.jsonl holds {"prompt": text} or {"messages": [...]} lines; all other entries are kept
+        (a reference called "answer" is renamed first), answers.jsonl adds "arm", "answer" and the
+        settings, and its lines go to the benchmark's own scorer. A run that was stopped goes on
+        after its last whole line.""")}
 
 
 def tables(argv):
