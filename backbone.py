@@ -66,14 +66,13 @@ class BackboneConfig:
     qk_norm: bool = option(False, "RMSNorm over each head, before RoPE (LLaDA-MoE)")
     n_experts: int = option(0, "0: one SwiGLU; LLaDA-MoE: 64", 0, 10**4)
     experts_per_token: int = option(0, "LLaDA-MoE: 8", 0)
-    # Tiny preset ONLY: a model of its size learns key-value lookup in minutes only if attention can
-    # see the token before. Fast weights live in the feed-forward layers: they bind a value to its
-    # key only if they see the key, too. There are two ways. From noise, the convolution goes into
-    # the residual stream. A model that reads already would be disturbed by that, so its layers with
-    # fast weights get a convolution of their own.
+    # Tiny preset ONLY: a model of this size learns to look up "key = value" in minutes only if a
+    # token can see the one before it. The feed-forward layers, where phi lives, must see it, too.
+    # So a model trained from noise for the closed book has the convolution in its residual stream;
+    # one that reads already gets another, before the FFN of the layers with phi
     conv_width: int = option(5, "depthwise convolution before attention, 0: none", 0, 999)
-    # repr=False, here and below: fingerprints in existing MetaState checkpoints were taken over
-    # the other fields
+    # repr=False, here and below: a MetaState checkpoint's fingerprint is taken over the repr, and
+    # the older ones were taken before these fields existed
     conv_residual: bool = option(False, "it goes into the residual stream", repr=False)
     ffn_convs: int = option(0, "so many layers, from the top, have one before their FFN too", 0,
                             10**4, repr=False)
@@ -426,10 +425,9 @@ def sample_t(batch, eps=1e-3, generator=None):
 def masked_loss(logits, x0, masked, weight, n_maskable):
     """The loss of masked diffusion. logits (N, V) at the masked positions in row-major order.
 
-    weight (B,): w(t) = 1/t gives the bound on the likelihood; w = 1 the uniform loss that the tiny
-    preset trains with (a prototype, one seed: 90 % in 35 against 53 CPU-seconds; 1/t spends its
-    gradient on rows with almost nothing masked). n_maskable: of the whole batch, all micro-batches
-    and ranks, so that splitting it is exact."""
+    weight (B,): w(t) = 1/t gives the bound on the likelihood; w = 1 the uniform loss of the tiny
+    preset, which learns faster, because 1/t spends its gradient on rows with almost nothing masked.
+    n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact."""
     # L = - 1 / n_maskable * sum over rows of w(t) sum_{i: x_t^i = [MASK]} log p_theta(x_0^i | x_t)
     ce = F.cross_entropy(logits.float(), x0[masked], reduction="none")  # (N,)
     return (ce * weight.to(ce)[masked.nonzero()[:, 0]]).sum() / n_maskable

@@ -48,7 +48,8 @@ PLACES = "bathroom bedroom hallway kitchen office cellar".split()
 OBJECTS = "apple football milk".split()
 FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
 FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
-# "dropped" stands in no text. It stays because all ids, and so all measured numbers, depend on it.
+# "dropped" is in no text, but without it every id behind it would be another, and old checkpoints
+# would read other words.
 FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
 
 

@@ -92,9 +92,8 @@ class TrainConfig:
         return self.init or self.backbone
 
 
-# What None stands for, by what is trained. Pretraining at 2e-3 for 6,000 steps left one seed of
-# three without two of the tasks; 3e-3 for 8,000 learns all (but the hops of resolve) in all three.
-# Fine-tuning at 2e-4 instead of MemDLM's 2e-5 cost that weak seed half of its multikey accuracy.
+# What None stands for, by what is trained. The tiny rates and steps are ours, chosen so that three
+# seeds learn all tasks; fine-tuning takes MemDLM's 2e-5, since a larger one forgets some of them.
 # "published" is MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts
 # for what the section leaves open (betas, decay, dropout, weight of the loss).
 TINY = dict(warmup=0.03, beta2=0.98, weight_decay=0.01, loss_weight="uniform", lora=0,
@@ -475,7 +474,7 @@ class Run:
         c = self.cfg.length
         tasks = self.cfg.tasks
         if self.meta and step < self.meta.settings.curriculum * self.cfg.steps:
-            # the plateau before the first hop is short where every row needs memory
+            # the first hop is learned sooner where every row needs the memory
             tasks = [task for task in tasks if task == "resolve"] or tasks
         count = niah.token_counter(self.tokenizer, self.backbone.cfg)
         return niah.make_samples(tasks, rng.choice([0, c // 4, c // 2, c]), self.plan.rows,
@@ -484,8 +483,8 @@ class Run:
     def closed_samples(self, step, rng):
         """Texts with some questions each. At first the facts stand alone; when the gradient becomes
         exact (with --exact_from 1: after 60 %) they lie among ever more filler, in the end up to
-        four times the usual length, in several chunks. (All lengths at once: the loss rose from 0.2
-        to 2.5, and was 300 steps in coming back.)"""
+        four times the usual length, in several chunks: all lengths at once would undo much of what
+        is learned by then."""
         c = self.cfg.length
         length = 0
         alone = min(self.exact_step, 0.6 * self.cfg.steps)
