@@ -26,6 +26,7 @@ import re
 import sys
 import tempfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -131,6 +133,7 @@ class Context(NamedTuple):
     sin: torch.Tensor  # (1 or B, 1, L, d) fp32
     attend: torch.Tensor | None  # (B, L) bool, False = padding; None when nothing is padded
     source: torch.Tensor | None  # (B, L) where the prediction for token i is read; None: at i
+    twice: bool = False  # attention must have a second derivative, which fast kernels have not
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,7 +218,8 @@ class Attention(nn.Module):
         if cfg.n_kv_heads < cfg.n_heads:  # each serves n_heads / n_kv_heads heads of q in a row
             k, v = (x.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1) for x in (k, v))
         mask = None if ctx.attend is None else ctx.attend[:, None, None]  # (B, 1, 1, L)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with sdpa_kernel(SDPBackend.MATH) if ctx.twice else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(y.transpose(1, 2).reshape(B, L, -1))
 
 

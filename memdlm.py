@@ -28,7 +28,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbone import LowRank, corrupt, masked_loss, option, smallest
 
@@ -46,8 +45,7 @@ class MemDLMConfig:
     inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
                            "leak; closed_book: a text, which the outer loss then hides",
                            choices=["response", "prompt", "closed_book"])
-    exact_from: float = option(1.0, "after this share of the steps the gradient is exact, Eq. 5; "
-                               "before it, first order, Eq. 10", low=0, high=1)
+    exact_from: float = option(1.0, "share of the steps after which the gradient is exact", 0, 1)
 
 
 def first_fast_layer(backbone, inner):
@@ -91,8 +89,10 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False, ga
         phi = {name: w.map(torch.Tensor.detach) for name, w in phi.items()}
         h = h.detach()
     factors = [x.requires_grad_() for w in phi.values() for x in (w.A, w.B)]
-    with torch.enable_grad(), attention_kernel(backbone, inner, exact):
-        h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
+    first = first_fast_layer(backbone, inner)
+    ctx = ctx._replace(twice=exact and first < backbone.cfg.n_layers - 1)  # attention above a phi
+    with torch.enable_grad():
+        h = backbone.run(h, ctx, first, phi=phi)
         ce = F.cross_entropy(backbone.head(h, ctx, masked).float(), x0[masked], reduction="none")
         # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt)
         weights = (weight / masked.sum(1).clamp(min=1))[masked.nonzero()[:, 0]]         # (N,)
@@ -259,12 +259,6 @@ def write_chunk(backbone, phi, ids, attend, targets, book, exact, gamma):
         weight = masked.sum(1).float()
         phi = inner_step(backbone, phi, h, ctx, ids, masked, weight, book, exact, gamma)
     return phi
-
-
-def attention_kernel(backbone, inner, exact):
-    """Fast attention kernels have no second derivative, which attention above a phi needs."""
-    above = first_fast_layer(backbone, inner) < backbone.cfg.n_layers - 1
-    return sdpa_kernel(SDPBackend.MATH) if exact and above else nullcontext()
 
 
 def loss_closed_book(backbone, x0, text, given, attend, t, u, weight, n_maskable, inner, seed=0,

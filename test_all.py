@@ -1685,6 +1685,18 @@ def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_the_exact_gradient_is_the_same_where_activations_are_recomputed(batch):
+    """With attention above a phi, and by default on every real backbone."""
+    model = random_backbone(n_layers=12).requires_grad_(True)
+    x0, given, attend, t, u, _ = batch
+    gradients = []
+    for model.checkpointing in (False, True):
+        loss = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, 24, MEM, 7, exact=True)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
 def adapted(model, batch, inner=MEM):
     return memdlm.at_inference(inner)(model, batch.x0[:, :8], batch.attend[:, :8], inner)
 
