@@ -4093,8 +4093,11 @@ def bench_from_disk(folder, family, device):
     options = ["--method", "memdlm", "--backbone", base, "--data", folder / "data.jsonl", "--steps",
                2, "--save_every", 1, "--batch_size", 1, "--max_len", 64, "--n_eval", 0, "--device",
                device, "--out", folder / "run"]
-    with killed_at(1):
-        timed("a MemDLM step, then killed", lambda: run_train(*options))
+
+    def one_step():
+        with killed_at(1):
+            run_train(*options)
+    timed("a MemDLM step, then killed", one_step)
     timed("resumed for one step", lambda: run_train(*options, "--resume"))
     sys.argv = ["niah.py", "--checkpoint", str(base), "--n", "1", "--tasks", "single", "--lengths",
                 "64", "--gen_length", "4", "--device", str(device)]
