@@ -460,9 +460,9 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
     steps: numbers of denoising steps, by default (and with a threshold) one per answer token.
     passes: redundant recomputation instead, MetaState's "Information Island": see `repeat`.
     inner: of the arms that write prompts, whose cost is told."""
+    numbers = [passes] if passes else steps if threshold is None else None
     jobs = [(*batch, gen_length, arm, number) for gen_length, samples, prompts in cells
-            for arm, number in product(arms, passes and [passes] or threshold is None and steps
-                                       or [gen_length])
+            for arm, number in product(arms, numbers or [gen_length])
             for batch in batches(samples[0].length, samples, prompts)]
 
     def answer(samples, prompts, gen_length, arm, number):
