@@ -149,8 +149,7 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
     position = torch.arange(xt.shape[1], device=xt.device)
     done = torch.zeros(B, dtype=torch.bool, device=xt.device)
     # Dream draws for masks alone: without a finished row's, its neighbours' draws would be others
-    stays = how.remasking == "origin" or (how.remasking in DREAM_ORDERS
-                                          and (how.temperature or how.alg_temp))
+    draws = how.temperature or how.alg_temp or how.remasking == "origin"
     # 2. The memory sees the prompt
     predict, state = memory(backbone, xt, attend, start)
     for end in range(start + how.block_length, xt.shape[1] + 1, how.block_length):
@@ -184,7 +183,7 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
             xt = torch.where(new, tokens, xt)
             if stop_early:
                 ended, done = finish_rows(xt, start, config)
-                xt = xt if stays else ended
+                xt = xt if draws and how.remasking in DREAM_ORDERS else ended
             if on_step:
                 on_step(xt, new, state)
     return (finish_rows(xt, start, config)[0] if stop_early else xt)[:, start:]
