@@ -2,7 +2,8 @@
 
 Each test's name is a sentence that can turn out false. Facts are checked against code we did not
 write (transformers' Llama, Qwen2 and Qwen3-MoE under a full mask, torch.nn.GRUCell) or against a
-short loop written from the paper, without our helpers.
+short loop written from the paper, without our helpers. Sections 1 and 2 teach: the papers and the
+samplers as short loops; 3 the real checkpoints, 4 memory, 5 tasks, 6 training, 8 what is refused.
 By hand:
   SLOW=1 python -m pytest -q test_all.py -k learns    the learning run, 12 minutes
   python test_all.py --tables [NAME] [--seeds 0]      the README's tables: read from runs/, or run
@@ -64,6 +65,10 @@ from backbone import Backbone, BackboneConfig, corrupt, load_backbone, load_toke
 from memdlm import ClosedBook, MemDLMConfig
 from metastate import MetaStateConfig
 
+
+# --------------------------------------------------------------------------------------------------
+# 0. What the tests share: tiny models, and checkpoints laid out as the official ones.
+
 HERE = Path(__file__).parent
 
 
@@ -72,9 +77,6 @@ def one_thread():
     """More of them only wait for each other at these sizes."""
     torch.set_num_threads(1)
 
-
-# --------------------------------------------------------------------------------------------------
-# 0. What the tests share: tiny models, and checkpoints laid out as the official ones.
 
 def random_backbone(seed=0, **options):
     """A small backbone whose output depends on every weight (freshly initialised, its output
@@ -93,6 +95,7 @@ def random_backbone(seed=0, **options):
 
 
 MIXTURE = dict(conv_width=0, n_experts=4, experts_per_token=2)
+
 MEM = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5)
 
 
@@ -135,6 +138,7 @@ CONFIGS = {
         qk_layernorm=True, max_position_embeddings=128, mask_token_id=60, eos_token_id=61,
         moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False),
 }
+
 # The published sizes. LLaDA-MoE's config.json names no mask token.
 REAL = {
     "llada": dict(
@@ -293,275 +297,9 @@ def independent_model(family, tensors, folder):
     return build(tensors, folder).to(dtype).eval()
 
 
+
 # --------------------------------------------------------------------------------------------------
-# 1. backbone.py
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(
-        tmp_path, family, dtype, tolerance):
-    tensors = write_checkpoint(tmp_path / "checkpoint", family, dtype)
-    model = load_backbone(tmp_path / "checkpoint", "cpu")
-    other = independent_model(family, tensors, tmp_path)
-    ids = torch.randint(0, 80, (2, 11), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        ours = model(ids)
-        full = torch.zeros(2, 1, 11, 11, dtype=dtype)
-        theirs = other(input_ids=ids, attention_mask=full).logits
-    # Dream's sampler shifts the logits by one position; position 0 keeps its own.
-    if family == "dream":
-        theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], dim=1)
-    assert model.dtype == dtype
-    error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-    assert error < tolerance
-
-
-@pytest.mark.parametrize("family, parameters, mask_id", [
-    ("llada", 8_015_581_184, 126336),
-    ("dream", 7_615_616_512, 151666),
-    ("llada_moe", 7_356_880_896, 156895)])
-def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(
-        family, parameters, mask_id):
-    cfg = bb.config_from_json(REAL[family])
-    with torch.device("meta"):
-        model = Backbone(cfg)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    ours = {bb.official_name(n, family): tuple(p.shape) for n, p in model.named_parameters()}
-    assert ours == official_keys(family, REAL[family])
-    assert cfg.mask_id == mask_id
-
-
-@pytest.mark.parametrize("options", [
-    dict(),
-    dict(conv_width=0, shift=True, n_kv_heads=1),
-    dict(MIXTURE, qk_norm=True)])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
-    model = random_backbone(**options)
-    row = torch.randint(3, 40, (1, 9))
-    row_ids = F.pad(row, (5, 0) if side == "left" else (0, 5))                      # (1, 14)
-    row_attend = F.pad(row >= 0, (5, 0) if side == "left" else (0, 5))
-    ids = torch.cat([row_ids, torch.randint(3, 40, (1, 14))])                       # (2, 14)
-    attend = torch.cat([row_attend, torch.ones(1, 14, dtype=torch.bool)])
-    together = model(ids, attend)[0][attend[0]]                                     # (9, V)
-    torch.testing.assert_close(together, model(row)[0], atol=1e-5, rtol=1e-4)
-
-
-def test_llada_in_bf16_rotates_in_fp32_and_dream_does_not():
-    """RoPE is a multiplication of complex numbers, one rounding after it."""
-    x = torch.randn(1, 2, 50, 16).bfloat16()                                        # (B, H, L, d)
-    ctx = random_backbone().context(torch.zeros(1, 50))
-    turn = torch.complex(ctx.cos.double(), ctx.sin.double())[..., :8]
-    turned = torch.complex(*x.double().chunk(2, -1)) * turn
-    exact = torch.cat([turned.real, turned.imag], -1).bfloat16()
-    llada, dream = ((bb.rotate(x, ctx.cos, ctx.sin, fp32) != exact).float().mean()
-                    for fp32 in (True, False))
-    assert llada < 0.001 and dream > 0.1
-    assert [bb.config_from_json(CONFIGS[f]).rope_fp32 for f in CONFIGS] == [True, False, False]
-
-
-def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, batch):
-    assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
-
-
-def test_slices_of_layers_compose_to_the_whole(model):
-    ids = torch.randint(3, 40, (2, 7))
-    ctx = model.context(ids)
-    h = model.run(model.embed(ids), ctx, 0, 2)
-    h = model.run(h, ctx, 2)
-    assert torch.equal(model.head(h, ctx), model(ids))
-
-
-def test_the_head_on_chosen_positions_gives_the_logits_of_the_whole_there(model):
-    ids = torch.randint(3, 40, (2, 7))
-    at = torch.rand(2, 7) < 0.5
-    torch.testing.assert_close(model(ids, at=at), model(ids)[at])
-
-
-def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
-    ids = torch.randint(3, 40, (2, 7))
-    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).attend is None
-
-
-def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
-    tokenizer = niah.tiny_tokenizer()
-    text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
-    assert tokenizer.decode(bb.encode(tokenizer, text)) == text
-
-
-def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
-    tokenizer = niah.tiny_tokenizer()
-    ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
-    cfg = BackboneConfig()
-    assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
-
-
-def test_words_outside_the_closed_vocabulary_are_named():
-    with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
-        bb.encode(niah.tiny_tokenizer(), "the hello sky world")
-
-
-def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path, monkeypatch):
-    """Dream ships vocab.json and merges.txt and no tokenizer.json; here a BPE without merges.
-    Before transformers 5 Qwen2Tokenizer is a slow class, which has no backend."""
-    import transformers
-    fast = transformers.Qwen2TokenizerFast
-    monkeypatch.setattr(transformers, "Qwen2Tokenizer", None)
-    monkeypatch.setattr(transformers, "Qwen2TokenizerFast", fast)
-    from tokenizers.pre_tokenizers import ByteLevel
-    write_checkpoint(tmp_path, "dream")
-    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
-    added = {s: len(vocabulary) + i for i, s in enumerate(specials)}
-    config = {"tokenizer_class": "DreamTokenizer",
-              "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    tokenizer = load_tokenizer(tmp_path)
-    assert type(tokenizer).__name__.startswith("Qwen2")
-    assert tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
-
-
-# LLaDA's template opens the assistant's turn whatever add_generation_prompt says.
-LLADA_TEMPLATE = (
-    "{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
-    "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
-LLADA_TURNS = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n")
-
-
-@pytest.fixture
-def llada_chat():
-    """A byte-level tokenizer with LLaDA's special tokens and chat template, and a configuration."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>",
-                            "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=LLADA_TEMPLATE)
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in
-           dict(eot_id="<|eot_id|>", eos_id="<|endoftext|>", mask_id="<|mdm_mask|>").items()}
-    cfg = BackboneConfig(family="llada", vocab_size=300, conv_width=0, chat=True, **ids)
-    return tokenizer, cfg
-
-
-def test_a_chat_prompt_ends_with_an_open_turn_of_the_assistant(llada_chat):
-    tokenizer, cfg = llada_chat
-    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == LLADA_TURNS
-
-
-def test_a_chat_pair_is_the_open_turn_and_a_response_that_ends_it(llada_chat):
-    tokenizer, cfg = llada_chat
-    pair = {"prompt": "how far?", "response": "72 km"}
-    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
-    assert texts == [LLADA_TURNS, "72 km<|eot_id|>"]
-
-
-def test_without_chat_a_prompt_is_its_own_text_and_a_response_ends_with_end_of_text(llada_chat):
-    tokenizer, cfg = llada_chat
-    cfg.chat = False
-    pair = {"prompt": "how far?", "response": "72 km"}
-    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
-    assert texts == ["how far?", "72 km<|endoftext|>"]
-    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
-
-
-ANSWERED = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
-THINKS = ANSWERED + "{% if add_generation_prompt %}<think>{% endif %}"
-ASKED = '{"prompt": "how far?", "response": "72"}'
-CHAT_OF = ('{"messages": [{"role": "user", "content": "how far?"}, '
-           '{"role": "assistant", "content": %s}]}')
-
-
-@pytest.mark.parametrize("template, line, message", [
-    (THINKS, ASKED, "does not start with its prompt, which ends with .*<think>"),
-    ("{{ raise_exception('roles!') }}", ASKED, "refuses these messages .*roles!"),
-    (LLADA_TEMPLATE, ASKED.replace("72", " "), "the response is empty"),
-    (LLADA_TEMPLATE, CHAT_OF % '""', "the response is empty"),
-    (LLADA_TEMPLATE, CHAT_OF % '"", "tool_calls": [{"name": "f"}]', "dropped .tool_calls"),
-    (LLADA_TEMPLATE, CHAT_OF % '"72", "weight": 0', "dropped .*weight"),
-    (LLADA_TEMPLATE, ASKED.replace("72", "<extra>"), "'<extra>' has the id 262, .* only 262 emb")])
-def test_what_a_template_or_a_tokenizer_would_spoil_is_refused_with_file_and_line(
-        llada_chat, tmp_path, template, line, message):
-    tokenizer, cfg = llada_chat
-    tokenizer.chat_template, cfg.vocab_size = template, len(tokenizer)
-    tokenizer.add_tokens(["<extra>"])
-    (tmp_path / "data.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=f"data.jsonl, line 1: .*{message}"):
-        train.read_jsonl(tmp_path / "data.jsonl", tokenizer, cfg, 200)
-
-
-def chat_folder(folder, tokenizer, cfg, template=LLADA_TEMPLATE):
-    """A miniature LLaDA with this tokenizer."""
-    write_checkpoint(folder, "llada", vocab_size=300, embedding_size=300,
-                     mask_token_id=cfg.mask_id, eos_token_id=cfg.eos_id, max_sequence_length=512)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-
-
-def test_of_several_chat_templates_the_default_is_taken(llada_chat, tmp_path):
-    tokenizer, cfg = llada_chat
-    chat_folder(tmp_path, tokenizer, cfg, None)
-    path = tmp_path / "tokenizer_config.json"
-    several = [dict(name="tools", template="no"), dict(name="default", template=LLADA_TEMPLATE)]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
-    ids = bb.encode_prompt(load_tokenizer(tmp_path), cfg, "how far?")
-    assert tokenizer.decode(ids) == LLADA_TURNS
-
-
-@pytest.mark.parametrize("name, template, chat, why", [
-    ("n/llada-8b-instruct", None, True, "its name says instruct"),
-    ("my-ChatGPT-paper/LLaDA-8B-Base", LLADA_TEMPLATE, False, "its name says base"),
-    ("models--o--LLaDA-8B-Base/snapshots/9f3c", LLADA_TEMPLATE, False, "its name says base"),
-    ("mine", LLADA_TEMPLATE, True, "its folder holds a template"),
-    ("database", None, False, "its folder holds no template")])
-def test_instruct_or_base_is_told_by_the_last_name_and_the_template_and_said(
-        llada_chat, tmp_path, capsys, name, template, chat, why):
-    chat_folder(tmp_path / name, *llada_chat, template)
-    assert load_backbone(tmp_path / name, "cpu").cfg.chat is chat
-    assert why in capsys.readouterr().out
-    bb.save_backbone(load_backbone(tmp_path / name, "cpu", chat=not chat), tmp_path / "base-chat")
-    assert load_backbone(tmp_path / "base-chat", "cpu").cfg.chat is not chat
-
-
-@pytest.mark.parametrize("line, chat", [(CHAT_OF % '"72"', True), (ASKED, False)])
-@pytest.mark.parametrize("flags", [["--lora", 2], ["--lora", 0], ["--method", "metastate"]])
-def test_a_base_model_is_decoded_and_evaluated_with_the_template_only_if_it_was_trained_with_it(
-        here, llada_chat, monkeypatch, flags, line, chat):
-    chat_folder(here / "LLaDA-Base", *llada_chat)
-    Path("data.jsonl").write_text(f"{line}\n" * 4)
-    prompts = []
-    generate = niah.generate
-    monkeypatch.setattr(niah, "generate", lambda b, p, **more: prompts.extend(p) or
-                        generate(b, p, **more))
-    run_train(*MDLM, "--batch_size", 2, "--backbone", "LLaDA-Base", "--data", "data.jsonl",
-              "--steps", 1, "--n_eval", 1, "--tasks", "single", "--unroll", 1, "--out", "run",
-              *flags)
-    start = llada_chat[0].convert_tokens_to_ids("<|startoftext|>")
-    assert prompts and all((list(p)[0] == start) is chat for p in prompts)
-    assert sample.load_arms("run", "cpu")[0].cfg.chat is chat
-    assert sample.load_arms("run", "cpu", chat=not chat)[0].cfg.chat is not chat
-
-
-def test_an_adapters_own_tokenizer_and_template_are_used(llada_chat, tmp_path):
-    tokenizer, cfg = llada_chat
-    chat_folder(tmp_path / "LLaDA-Base", tokenizer, cfg, None)
-    base = tmp_path / "LLaDA-Base"
-    bb.save_adapter(random_adapter(base), tmp_path / "sft", base)
-    shard = tmp_path / "sft/adapter_model.safetensors"
-    save_file(weights_of(tmp_path / "sft"), shard)                      # as PEFT writes it
-    assert not load_backbone(tmp_path / "sft", "cpu").cfg.chat
-    tokenizer.chat_template = LLADA_TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "sft")
-    assert load_tokenizer(tmp_path / "sft").chat_template == LLADA_TEMPLATE
-    assert load_backbone(tmp_path / "sft", "cpu").cfg.chat
-
+# 1. What the papers say: against loops and modules written from them, and torch.nn.GRUCell.
 
 @pytest.fixture
 def noise():
@@ -612,495 +350,559 @@ def test_loss_equals_a_hand_computed_case(weight, expected):
     assert loss.item() == pytest.approx(expected)
 
 
-def test_gradient_checkpointing_changes_no_gradient(model, batch):
-    model.requires_grad_(True)
+
+@sdpa_kernel(SDPBackend.MATH)               # fast kernels have no second derivative
+def paper_loop(model, x0, given, attend, t, u, inner, seed, exact=False):
+    """MemDLM's loss from the paper, one sample at a time, nothing shared: whole forward passes,
+    merged weights, no batch dimension. Only the random start of a row is drawn with our code."""
+    seeds = memdlm.row_seeds(x0, given & attend, seed)
+    total = 0.0
+    for b in range(len(x0)):
+        real = attend[b]
+        phi0 = memdlm.init_phi(model, [seeds[b]], inner)
+        total = total + paper_sample(model, x0[b, real], given[b, real], t[b], u[b, real],
+                                     phi0, inner, exact) / t[b]
+    return total / (~given).sum()
+
+
+def paper_sample(model, x0, given, t, u, phi0, inner, exact):
+    """The outer cross-entropy of one sample, summed over its masked tokens, those with u < t.
+
+    x0, given, u (L,); t a number; phi0 {name of a matrix: LowRank A (1, r, d_in), B (1, d_out, r)}.
+    Inner losses: a mean over the masked tokens, times 1 / the actual mask ratio."""
+    weights = dict(model.named_parameters())
+    matrices = list(phi0)
+    phi = [phi0[m].A[0] for m in matrices] + [phi0[m].B[0] for m in matrices]
+
+    def cross_entropy(phi, masked):
+        merged = dict(weights)
+        for name, A, B in zip(matrices, phi, phi[len(matrices):]):
+            name = f"{name}.weight"
+            merged[name] = weights[name] + inner.alpha / inner.rank * B @ A
+        xt = x0.masked_fill(masked, model.cfg.mask_id)[None]                        # (1, L)
+        logits = torch.func.functional_call(model, merged, (xt,))[0]                # (L, V)
+        return F.cross_entropy(logits[masked], x0[masked], reduction="sum")
+
+    order = [i for i in u.argsort().tolist() if not given[i]]
+    n = len(order)
+    k = int((u[order] < t).sum())
+    anchor = torch.zeros_like(given)
+    anchor[order[:k]] = True
+    pre_anchor = torch.zeros_like(given)
+    pre_anchor[order[:int(min(n, inner.s_pre * k))]] = True
+    # A mean over masked tokens times 1 / the realised mask ratio.
+    for masked in (pre_anchor, anchor):
+        phi = [(w if exact else w.detach()).requires_grad_() for w in phi]
+        loss = cross_entropy(phi, masked) / masked.sum() * n / masked.sum()
+        grads = torch.autograd.grad(loss, phi, create_graph=exact)
+        scales = [(inner.clip / (g.norm() + 1e-6)).clamp(max=1) for g in grads]
+        phi = [w - inner.inner_lr * c * g for w, c, g in zip(phi, scales, grads)]
+    return cross_entropy(phi if exact else [w.detach() for w in phi], anchor)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("options, clip", [
+    (dict(), 1.0),
+    (dict(), 0.05),
+    (MIXTURE, 1.0),
+    (dict(n_layers=12), 1.0)])
+def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
+        batch, options, clip, exact):
+    """First order, and with exact=True the gradient of Eq. 5 through the whole graph."""
+    model = random_backbone(**options).double().requires_grad_(True)
+    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
+    x0, given, attend, t, u, _ = batch
+    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), inner, 7,
+                              exact)
+    paper = paper_loop(model, x0, given, attend, t, u, inner, 7, exact)
+    torch.testing.assert_close(ours.double(), paper, atol=1e-5, rtol=1e-4)
+    names = [n for n, _ in model.named_parameters()]
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                 for loss in (ours, paper)]
+    for name, a, b in zip(names, *gradients):
+        # An expert that no token was sent to has no gradient in either.
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_exact_gradient_is_the_same_where_activations_are_recomputed(batch):
+    """With attention above a phi, and by default on every real backbone."""
+    model = random_backbone(n_layers=12).requires_grad_(True)
+    x0, given, attend, t, u, _ = batch
+    gradients = []
+    for model.checkpointing in (False, True):
+        loss = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, 24, MEM, 7, exact=True)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+
+def test_clipping_is_per_tensor_and_per_sample(model, batch):
+    """Every gradient here is larger than the clip, so every step has exactly its norm."""
+    clip = 0.01
+    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip)
     masked = ~batch.given
-
-    def gradients(checkpointing):
-        model.checkpointing = checkpointing
-        model.zero_grad()
-        logits = model(batch.x0, batch.attend, masked)
-        masked_loss(logits, batch.x0, masked, torch.ones(4), 24).backward()
-        return [p.grad.clone() for p in model.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
-
-
-def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
-    model = random_backbone(vocab_size=139)
-    bb.save_backbone(model, tmp_path, niah.tiny_tokenizer())
-    ids = torch.randint(3, 40, (2, 7))
-    assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
-    assert load_tokenizer(tmp_path).mask_token_id == 1
+    ctx = model.context(batch.x0, batch.attend)
+    h = model.run(model.embed(batch.x0.masked_fill(masked, model.cfg.mask_id)), ctx, 0, 2)
+    old = memdlm.init_phi(model, [0, 1, 2, 3], inner)
+    new = memdlm.inner_step(model, old, h, ctx, batch.x0, masked, torch.ones(4), inner)
+    for name in old:
+        length = (new[name].B - old[name].B).flatten(1).norm(dim=1)                 # (B,)
+        torch.testing.assert_close(length, torch.full((4,), clip), rtol=1e-3, atol=0)
 
 
-def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
-    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, niah.tiny_tokenizer())
-    vocabulary = (tmp_path / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
-    with pytest.raises(ValueError, match="another vocabulary"):
-        load_tokenizer(tmp_path)
+@pytest.mark.parametrize("layers, first", [
+    (3, 2), (10, 9), (12, 10), (16, 14), (20, 18), (28, 25), (32, 28)])
+def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, first):
+    model = random_backbone(n_layers=layers)
+    assert memdlm.first_fast_layer(model, MEM) == first
+    expected = {f"layers.{i}.ffn.{matrix}" for i in range(first, layers)
+                for matrix in ("gate", "up", "down")}
+    assert set(memdlm.init_phi(model, [0], MEM)) == expected
 
 
-def truncate(folder, tensors):
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
+CLOSED = ClosedBook(rank=4, alpha=8.0, inner_lr=0.1, clip=0, chunk=4, inner_on="closed_book",
+                    surprise=0.0, questions=1, window=0)
+
+OPEN = dataclasses.replace(MEM, inner_on="prompt")
 
 
-def leave_out_the_last_norm(folder, tensors):
-    kept = {k: v for k, v in tensors.items() if "ln_f" not in k}
-    save_file(kept, folder / "model.safetensors")
-    (folder / "model.safetensors.index.json").unlink()
+def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
+    """loss_closed_book with the first five columns as the text to write (padding left out)."""
+    if context is None:
+        context = batch.attend.clone()
+        context[:, 5:] = False
+    attend = batch.attend & ~context if inner.inner_on == "closed_book" else batch.attend
+    x0 = batch.x0 if x0 is None else x0
+    return memdlm.loss_closed_book(model, x0, context, batch.given, attend, batch.t, batch.u,
+                                   torch.ones(4), 24, inner, 7, exact)
 
 
-def remove_the_config(folder, tensors):
-    (folder / "config.json").unlink()
+def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
+    """The fast weights that loss_closed_book answers with."""
+    seen = []
+    call = Backbone.forward
+
+    def spy(self, ids, attend, at, phi):
+        seen.append(phi)
+        return call(self, ids, attend, at, phi)
+    context = batch.given & batch.attend if context is None else context
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "forward", spy)
+        prompt_loss(model, batch, inner, x0, context)
+    return seen[-1]
 
 
-def break_the_config(folder, tensors):
-    (folder / "config.json").write_text("{")
+
+def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
+        model, batch, monkeypatch):
+    trained = phi_of(monkeypatch, model, batch, batch.x0)
+    start = memdlm.init_phi(model, [7] * 4, OPEN)
+    used = memdlm.adapt_to_prompt(model, batch.x0[:, :8], batch.attend[:, :8], OPEN, 7, start)
+    assert all(torch.equal(trained[name].B, used[name].B) for name in used)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (truncate, "truncated or corrupted"),
-    (leave_out_the_last_norm, "missing model.transformer.ln_f.weight"),
-    (remove_the_config, "config.json is missing"),
-    (break_the_config, "not valid JSON")])
-def test_a_damaged_checkpoint_is_refused_and_the_damage_named(tmp_path, damage, message):
-    damage(tmp_path, write_checkpoint(tmp_path, "llada"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_backbone(tmp_path, "cpu")
+def test_a_batch_without_a_text_to_write_is_plain_mdlm(model, batch):
+    nothing = torch.zeros_like(batch.given)
+    xt, masked = corrupt(batch.x0, batch.t, batch.given, 1, batch.u)
+    plain = masked_loss(model(xt, batch.attend, masked), batch.x0, masked, torch.ones(4), 24)
+    assert torch.equal(prompt_loss(model, batch, CLOSED, context=nothing), plain)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_layers=1), "unexpected model.transformer.blocks.1"),
-    (dict(mlp_hidden_size=95), "has shape"),
-    (dict(weight_tying=True), "weight_tying = True is not supported"),
-    (dict(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported"),
-    (dict(architectures=["LLaDA2MoeModelLM"]), "not supported")])
-def test_a_config_that_does_not_fit_is_refused_and_the_entry_named(tmp_path, changes, message):
-    write_checkpoint(tmp_path, "llada")
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])           # with 1.0 attention lies above a phi
+def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not(
+        batch, fraction):
+    inner = dataclasses.replace(CLOSED, fraction=fraction)
+    model = random_backbone().double().requires_grad_(True)
+    p = model.layers[0].ffn.up.weight
+    slopes = {}
+    for exact in (True, False):
+        loss = prompt_loss(model, batch, inner, exact=exact)
+        grad, = torch.autograd.grad(loss, p)
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).double()
+        slopes[exact] = (grad * direction).sum().item()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            p += sign * 2e-4 * direction
+        ends.append(prompt_loss(model, batch, inner).item())
+        with torch.no_grad():
+            p -= sign * 2e-4 * direction
+    measured = (ends[0] - ends[1]) / 4e-4
+    assert slopes[True] == pytest.approx(measured, rel=1e-2)
+    assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder at .*nowhere"):
-        load_backbone(str(tmp_path / "nowhere"))
+def test_surprise_scales_the_gradient_of_each_token_by_one_minus_its_probability(model):
+    """One masked token: its step is the plain one times (1 - p)^gamma."""
+    ids = torch.arange(3, 8)[None]
+    masked = ids == 5
+    xt = ids.masked_fill(masked, 1)
+    phi = memdlm.init_phi(model, [0], CLOSED)
+    ctx = model.context(xt)
+    h = model.run(model.embed(xt), ctx, 0, memdlm.first_fast_layer(model, CLOSED))
+    plain, scaled = (memdlm.inner_step(model, phi, h, ctx, ids, masked, torch.ones(1), CLOSED,
+                                       gamma=gamma) for gamma in (0.0, 2.0))
+    p = model(xt, at=masked).softmax(-1)[0, 5]
+    for name, w in plain.items():
+        torch.testing.assert_close(scaled[name].B, w.B * (1 - p) ** 2)
 
 
-def random_adapter(base):
-    """The backbone in `base` with a rank-4 LoRA whose B is no longer zero."""
-    model = load_backbone(base, "cpu").add_lora(4, 8)
+def test_surprise_and_other_settings_of_the_closed_book_are_no_part_of_the_papers_inner_loop():
+    ours = {f.name for f in dataclasses.fields(ClosedBook)}
+    paper = {f.name for f in dataclasses.fields(MemDLMConfig)}
+    assert ours - paper == {"masks", "chunk", "surprise", "questions", "window"}
+
+
+def test_training_writes_every_token_alike_whatever_the_surprise_at_inference(model, batch):
+    surprised = dataclasses.replace(CLOSED, surprise=4.0)
+    assert torch.equal(prompt_loss(model, batch, surprised), prompt_loss(model, batch, CLOSED))
+
+
+def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
+    """Twelve tokens are three chunks, and each token's embedding is used in one of them."""
+    model.requires_grad_(True)
+    ids = torch.arange(3, 27).view(2, 12)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    phi, reached = {}, {}
+    for window in (0, 1, 2):
+        inner = dataclasses.replace(CLOSED, window=window)
+        phi[window] = memdlm.write_text(model, ids, every, inner, exact=True)
+        size = sum(w.B.pow(2).sum() for w in phi[window].values())
+        grad, = torch.autograd.grad(size, model.embed_tokens.weight)
+        reached[window] = (grad[ids] != 0).any(-1).all(0).tolist()                      # (12,)
+    assert reached == {0: [True] * 12, 1: [False] * 8 + [True] * 4, 2: [False] * 4 + [True] * 8}
+    for window in (1, 2):
+        for name, w in phi[window].items():
+            torch.testing.assert_close(w.B, phi[0][name].B)
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(model, n):
+    u = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
+    given = torch.zeros(1, n, dtype=torch.bool)
+    ids = torch.full((1, n), 5)
+    ctx = model.context(ids)
+    for k in range(n + 1):
+        anchor = bb.smallest(u, torch.tensor([k]))
+        (_, noisier), (_, same) = memdlm.nested_states(model, ids, anchor, u, given, ctx, MEM)
+        assert torch.equal(same, anchor)
+        assert int(noisier.sum()) == min(n, 3 * k // 2)
+        assert (noisier | ~anchor).all()
+
+
+def recorded_masks(model, ids, inner, monkeypatch):
+    """The positions that each inner step on a prompt has for targets."""
+    masks = []
+    step = memdlm.inner_step
+
+    def spy(backbone, phi, h, ctx, x0, masked, *rest):
+        masks.append(masked)
+        return step(backbone, phi, h, ctx, x0, masked, *rest)
+    monkeypatch.setattr(memdlm, "inner_step", spy)
+    memdlm.at_inference(inner)(model, ids, torch.ones_like(ids, dtype=torch.bool), inner)
+    return masks
+
+
+def test_complementary_masks_cover_every_token_once_and_leave_its_neighbours_in_view(
+        model, monkeypatch):
+    whole = dataclasses.replace(CLOSED, chunk=0)
+    masks = torch.stack(recorded_masks(model, torch.randint(3, 40, (2, 21)), whole, monkeypatch))
+    assert (masks.sum(0) == 1).all()
+    for distance in (1, 2, 3):
+        assert not (masks[..., distance:] & masks[..., :-distance]).any()
+
+
+def test_a_prompt_is_written_from_the_noisier_of_two_nested_states_to_the_anchor(
+        model, monkeypatch):
+    noisier, anchor = recorded_masks(model, torch.randint(3, 40, (2, 20)), MEM, monkeypatch)
+    assert anchor.sum(1).tolist() == [4, 4]                 # a fifth
+    assert noisier.sum(1).tolist() == [6, 6]                # s_pre times as many
+    assert (noisier | ~anchor).all()
+
+
+@pytest.mark.parametrize("inner", [dataclasses.replace(MEM, prompt_ratio=1.0),
+                                   dataclasses.replace(CLOSED, chunk=0)])
+def test_a_mask_token_in_a_prompt_is_never_a_target(model, inner, monkeypatch):
+    ids = torch.randint(3, 40, (2, 21))
+    ids[:, ::4] = model.cfg.mask_id
+    masks = recorded_masks(model, ids, inner, monkeypatch)
+    assert masks and not any(m[:, ::4].any() for m in masks)
+
+
+@pytest.mark.parametrize("length", [3, 12])
+def test_the_closed_book_sums_over_tokens_so_a_fact_is_as_strong_in_a_longer_text(model, length):
+    """One mask over all tokens is one step: phi = phi_0 - eta * gradient of the summed CE."""
+    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
+    ids = torch.randint(3, 40, (1, length))
+    every = torch.ones_like(ids, dtype=torch.bool)
+    phi = memdlm.init_phi(model, memdlm.row_seeds(ids, every, 0), inner)
+    for w in phi.values():
+        w.B.requires_grad_()
+    logits = model(torch.full_like(ids, model.cfg.mask_id), phi=phi)
+    F.cross_entropy(logits[0], ids[0], reduction="sum").backward()
+    for name, w in memdlm.write_text(model, ids, every, inner).items():
+        torch.testing.assert_close(w.B, -inner.inner_lr * phi[name].B.grad, atol=1e-5, rtol=1e-3)
+
+
+
+def test_the_leaky_arm_is_the_inner_loop_of_training(model, batch):
+    phi, _, ctx, masked = memdlm.adapt_to_response(
+        model, batch.x0, batch.given, batch.attend, batch.t, batch.u, MEM, 7)
+    xt = batch.x0.masked_fill(masked, 1)
+    loss = masked_loss(model(xt, batch.attend, masked, phi), batch.x0, masked, torch.ones(4), 24)
+    trained = memdlm.loss_memdlm(model, batch.x0, batch.given, batch.attend, batch.t, batch.u,
+                                 torch.ones(4), 24, MEM, 7)
+    torch.testing.assert_close(loss, trained)
+
+
+SMALL_META = dict(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16)
+
+
+@pytest.fixture
+def meta(model):
     torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.1)
-    return model
+    return metastate.build(model.cfg, MetaStateConfig(**SMALL_META))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_new_adapter_changes_no_logit(tmp_path, family):
-    write_checkpoint(tmp_path, family)
-    ids = torch.randint(0, 60, (2, 7))
-    plain = load_backbone(tmp_path, "cpu")(ids)
-    assert torch.equal(load_backbone(tmp_path, "cpu").add_lora(4, 8)(ids), plain)
+def trained_meta(model, **options):
+    """Random weights everywhere, so that the zero-initialised parts act."""
+    torch.manual_seed(0)
+    meta = metastate.build(model.cfg, MetaStateConfig(**{**SMALL_META, **options}))
+    for p in meta.parameters():
+        p.data.normal_(0, 0.3)
+    return meta
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_saved_adapter_gives_the_same_logits_and_not_its_bases(tmp_path, family):
-    write_checkpoint(tmp_path / "base", family)
-    model = random_adapter(tmp_path / "base")
-    bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    ids = torch.randint(0, 60, (2, 7))
-    loaded = load_backbone(tmp_path / "adapter", "cpu")(ids)
-    assert torch.equal(loaded, model(ids))
-    assert not torch.equal(loaded, load_backbone(tmp_path / "base", "cpu")(ids))
+def two_steps(model, meta, batch):
+    """Logits (N, V) of two denoising steps over one canvas, the answer fully masked."""
+    at = ~batch.given
+    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
+    ctx = model.context(xt, batch.attend)
+    first, slots, _ = meta.step(model, ctx, xt, torch.ones(4), None, at, 8)
+    second, _, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
+    return first, second
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_an_adapter_equals_weights_to_which_it_was_added(tmp_path, family):
-    write_checkpoint(tmp_path, family)
-    model = random_adapter(tmp_path)
-    merged = load_backbone(tmp_path, "cpu")
-    for name, module in model.named_modules():
-        if isinstance(module, bb.Linear) and module.lora_rank:
-            change = 8 / 4 * module.lora_B.data @ module.lora_A.data                # alpha / r
-            merged.get_submodule(name).weight.data += change
-    ids = torch.randint(0, 60, (2, 7))
-    torch.testing.assert_close(merged(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+def test_updater_equals_torch_grucell(meta):
+    read = torch.randn(5, 16)                                                       # (M, S)
+    slots = torch.randn(5, 16)
+    ours = meta.updater
+    cell = torch.nn.GRUCell(16, 16)
+    cell.load_state_dict({"weight_ih": ours.x.weight, "bias_ih": ours.x.bias,
+                          "weight_hh": ours.s.weight, "bias_hh": ours.s.bias})
+    torch.testing.assert_close(ours.cell(read, slots), cell(read, slots))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_lora_and_fast_weights_are_added_to_bf16_in_fp32_and_rounded_once(tmp_path, family):
-    """As PEFT 0.21 does it: logits are then equal bit for bit on all three layouts."""
-    write_checkpoint(tmp_path, family, torch.bfloat16)
-    layer = random_adapter(tmp_path).layers[0].attn.o
-    x = torch.randn(2, 9, layer.in_features).bfloat16()
-    A, B = layer.lora_A.data, layer.lora_B.data
-    y = F.linear(x, layer.weight).float()
-    once = (y + 8 / 4 * (x.float() @ A.T @ B.T)).bfloat16()
-    assert torch.equal(layer(x), once)
-    layer.lora_rank = 0
-    assert torch.equal(layer(x, bb.LowRank(A.expand(2, -1, -1), B.expand(2, -1, -1), 2.0)), once)
+def test_the_attention_of_slots_equals_torchs(batch):
+    q, k, v = torch.randn(4, 3, 16), torch.randn(4, 14, 16), torch.randn(4, 14, 16)
+    heads = [x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*heads, attn_mask=batch.attend[:, None, None])
+    ours, weights = metastate.attention(q, k, v, 2, batch.attend)
+    torch.testing.assert_close(ours, expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2, 3))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tmp_path, family):
-    """PEFT matches target_modules with fullmatch."""
-    write_checkpoint(tmp_path, family)
-    bb.save_adapter(random_adapter(tmp_path), tmp_path / "adapter", tmp_path)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    matrices = {key.removesuffix(".weight") for key, shape
-                in official_keys(family, CONFIGS[family]).items() if len(shape) == 2}
-    found = {name for name in matrices if re.fullmatch(config["target_modules"], name)}
-    if family == "llada":
-        assert matrices - found == {"model.transformer.wte", "model.transformer.ff_out"}
-    else:
-        assert matrices - found == {"model.embed_tokens", "lm_head"}
+def test_the_time_reaches_the_logits_of_a_trained_metastate_and_no_norm_of_an_untrained_one(
+        model, batch):
+    meta = trained_meta(model)
+    ctx = model.context(batch.x0)
+    late, early = (meta.step(model, ctx, batch.x0, torch.full((4,), t), None, ~batch.given, 8)[0]
+                   for t in (0.5, 1.0))
+    assert not torch.allclose(late, early, atol=1e-3)
+    x = torch.randn(4, 3, 16)
+    torch.testing.assert_close(metastate.AdaRMSNorm(16, 8)(x, torch.randn(4, 8)),
+                               torch.nn.RMSNorm(16, eps=1e-5)(x))
 
 
-def test_a_second_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
-    """Without attention, token i depends on token i - 1 through the second convolution alone."""
-    def influence(**options):
-        model = random_backbone(**options)
-        for layer in model.layers:
-            layer.attn.o.weight.zero_()
-        ids = torch.randint(3, 40, (1, 9))
-        other = ids.clone()
-        other[0, 3] = (other[0, 3] - 2) % 37 + 3
-        return (model(ids) - model(other))[0, 4].abs().max()
-    assert influence() == 0
-    assert influence(ffn_convs=1) > 0
-    model = random_backbone(ffn_convs=1)
-    row = torch.randint(3, 40, (1, 9))
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), row], 1)
-    attend = torch.arange(14)[None] >= 5
-    torch.testing.assert_close(model(padded, attend)[:, 5:], model(row), atol=1e-5, rtol=1e-4)
+
+def test_the_next_steps_gradient_reaches_the_updater(model, batch):
+    meta = trained_meta(model)
+    two_steps(model, meta, batch)[1].sum().backward()
+    assert meta.updater.x.weight.grad.abs().max() > 0
 
 
-# Family, changed entries of its config.json (a text: the whole file), what the message must say.
-OURS = '{"architectures": ["Backbone"], "backbone": %s}'
+@pytest.mark.parametrize("memory, reaches_s0", [("slots", True), ("detached", False)])
+def test_only_training_through_time_reaches_what_was_written_two_steps_ago(
+        model, batch, memory, reaches_s0):
+    """s_0 is injected at the first step; a loss at the third feels it through two writes."""
+    meta = trained_meta(model, memory=memory)
+    at = ~batch.given
+    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
+    ctx = model.context(xt, batch.attend)
+    slots = None
+    for _ in range(3):
+        logits, slots, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
+    logits.sum().backward()
+    assert (meta.s0.grad is not None) == reaches_s0
 
 
-BAD_CONFIGS = [
-    ("llada", dict(n_layers="2"), "n_layers must be int, not '2'"),
-    ("llada", dict(d_model=64.0), "d_model must be int, not 64.0"),
-    ("llada", dict(n_heads=0), "n_heads must be at least 1"),
-    ("llada", dict(n_heads=None), "a llada config needs the entry n_heads"),
-    ("llada", dict(rms_norm_eps="1e-5"), "rms_norm_eps must be float"),
-    ("llada", dict(rms_norm_eps=math.nan), "rms_norm_eps must be"),
-    ("llada", dict(rope_theta=[1]), "rope_theta must be float"),
-    ("llada", dict(rope_full_precision="yes"), "rope_full_precision must be bool"),
-    ("llada", dict(n_kv_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
-    ("llada", dict(mask_token_id="60"), "mask_token_id must be int, not '60'"),
-    ("llada", dict(mask_token_id=80), "mask_id=80 lies outside the vocabulary of 80"),
-    ("llada", dict(mask_token_id=-1), "mask_token_id must be at least 0"),
-    ("llada", dict(mask_token_id=None), "mask_id=126336 lies outside the vocabulary of 80"),
-    ("llada", dict(eos_token_id=[61, 80]), "extra_stop_ids=80 lies outside the vocabulary of 80"),
-    ("llada", dict(eos_token_id=[61, "62"]), "eos_token_id must be int, not '62'"),
-    ("llada", dict(eos_token_id=[]), "eos_token_id must be int"),
-    ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling = {'factor': 2} is not supported"),
-    ("llada", dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4} is not"),
-    ("llada", dict(weight_tying=1), "weight_tying = 1 is not supported"),
-    ("llada", dict(rope=None), "rope = None is not supported"),
-    ("llada", dict(mlp_hidden_size="96"), "mlp_hidden_size must be int"),
-    ("llada", dict(mlp_ratio="4", mlp_hidden_size=None), "needs the entry mlp_hidden_size"),
-    ("llada", dict(architectures="LLaDAModelLM"), "architectures must be a list of one name"),
-    ("llada", dict(architectures=[]), "architectures must be a list"),
-    ("llada", dict(architectures=None), "architectures must be a list"),
-    ("llada", dict(architectures=[["LLaDAModelLM"]]), "is not supported; known: "),
-    ("dream", dict(num_attention_heads="4"), "num_attention_heads must be int, not '4'"),
-    ("dream", dict(num_key_value_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
-    ("dream", dict(intermediate_size=None), "a dream config needs the entry intermediate_size"),
-    ("dream", dict(head_dim=15), "head_dim=15: RoPE needs two equal halves"),
-    ("dream", dict(quantization_config={"bits": 4}), "quantization_config = "),
-    ("dream", dict(rope_scaling={"type": "yarn"}), "rope_scaling = "),
-    # as transformers 5 writes them
-    ("dream", dict(rope_theta=None, rope_parameters={"rope_type": "linear", "rope_theta": 1e6,
-                                                     "factor": 2.0}), "rope_parameters = "),
-    ("llada", dict(rope_parameters={"rope_theta": 1e4}), "RoPE, with one rope_theta"),
-    ("llada", dict(rope_parameters="linear"), "rope_parameters = 'linear' is not supported"),
-    ("llada", dict(rope_theta=None), "rope_theta must be float, not None"),
-    ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 does not fit n_experts=8"),
-    ("llada_moe", dict(num_experts=0), "experts_per_token=3 does not fit n_experts=0"),
-    ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq: only ones"),
-    ("llada_moe", dict(moe_layer_freq="x"), "moe_layer_freq: only ones"),
-    ("llada_moe", dict(qk_layernorm=None), "a llada_moe config needs the entry qk_layernorm"),
-    ("llada", "[]", "must hold an object, not a list"),
-    ("llada", "[" * 100_000, "is not valid JSON"),
-    ("llada", '{"architectures": ["Backbone"]}', "backbone: expected an object, found NoneType"),
-    ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer is an unknown entry"),
-    ("llada", OURS % '{"n_layers": "3"}', "backbone: n_layers must be int"),
-    ("llada", OURS % '{"conv_width": 4}', "conv_width=4 is even"),
-    ("llada", OURS % '{"ffn_convs": 4}', "ffn_convs=4 is more than the layers"),
-    ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids must be a list"),
-]
+# six tokens in each row, shared out to three steps
+REVEALS = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
 
 
-@pytest.mark.parametrize("family, change, message", BAD_CONFIGS)
-def test_a_bad_config_json_is_refused_with_file_and_entry(tmp_path, family, change, message):
-    path = tmp_path / "config.json"
-    if isinstance(change, dict):
-        change = json.dumps({**CONFIGS[family], **change})
-    path.write_text(change)
-    with pytest.raises(ValueError) as caught:
-        load_backbone(tmp_path, "cpu")
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
+@pytest.fixture
+def unrolled(model, batch):
+    """A MetaState and its loss over three steps, backpropagated."""
+    meta = trained_meta(model)
+    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, REVEALS,
+                            4).backward()
+    return meta
 
 
-@pytest.mark.parametrize("change, expected", [
-    (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
-    (dict(mask_token_id=0), dict(mask_id=0)),
-    (dict(eos_token_id=0), dict(eos_id=0)),
-    (dict(mlp_hidden_size=None), dict(d_ff=256)),
-    (dict(mlp_hidden_size=None, mlp_ratio=2), dict(d_ff=128)),
-    (dict(bias_for_layer_norm=None, n_kv_heads=None), dict(n_kv_heads=4)),
-    (dict(rms_norm_eps=0, rope_theta=10000), dict(norm_eps=0)),
-    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
-     dict(rope_theta=7e4)),
-    (dict(rope_scaling={"rope_type": "default"}), dict(rope_theta=5e5)),
-])
-def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially(change, expected):
-    cfg = bb.config_from_json({**CONFIGS["llada"], **change})
-    assert {name: getattr(cfg, name) for name in expected} == expected
+def test_every_module_of_metastate_gets_a_gradient(unrolled):
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda index: index.pop("weight_map"), "weight_map must be an object"),
-    (lambda index: index.update(weight_map=["a"]), "weight_map must be an object"),
-    (lambda index: index["weight_map"].update(x="../x.bin"), "'../x.bin', which is"),
-    (lambda index: index["weight_map"].update(x="/etc/passwd"), "'/etc/passwd', which is no file"),
-    (lambda index: index["weight_map"].update(x=3), "3, which is no file"),
-    (lambda index: index["weight_map"].clear(), "missing model.transformer"),
-])
-def test_a_bad_index_of_the_weights_is_named(tmp_path, change, message):
-    write_checkpoint(tmp_path, "llada")
-    path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
+
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_the_reveals_of_a_row_add_up_to_all_of_its_tokens(progress, K):
+    n = torch.tensor([6, 1, 40])
+    reveals = metastate.draw_reveals(n, MetaStateConfig(unroll=K), progress, seed=3)
+    assert reveals.shape == (3, K)
+    assert torch.equal(reveals.sum(1), n)
 
 
-def test_an_index_and_a_single_file_side_by_side_are_refused_by_name(tmp_path):
-    """What save_pretrained leaves behind in a sharded folder."""
-    save_file(write_checkpoint(tmp_path, "llada"), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="index.json and .*model.safetensors are two sets"):
-        load_backbone(tmp_path, "cpu")
+def test_a_real_backbone_trains_on_dirichlet_multinomial_reveals_from_the_start():
+    settings = metastate.for_backbone(bb.config_from_json(REAL["llada"]))
+    reveals = metastate.draw_reveals(torch.full((2000,), 100), settings, 0.0, seed=0).float()
+    assert reveals.shape[1] == 4
+    assert (reveals.mean(0) - 25).abs().max() < 1.5
+    # uniform over all ways to share out: the variance of a Beta(1, 3), times n (n + 4)
+    assert (reveals.var(0) / (3 / 80 * 100 * 104) - 1).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("dtype, message", [
-    (torch.int8, "q_proj.weight is I8"), (torch.float8_e4m3fn, "q_proj.weight is F8_E4M3"),
-    (torch.bool, "q_proj.weight is BOOL"),
-    (torch.bfloat16, "q_proj.weight is BF16, not F32 .*mixed"),
-    (None, "q_proj.weight holds NaN")])
-def test_weights_that_are_no_usable_floats_are_named(tmp_path, dtype, message):
-    key = "model.transformer.blocks.1.q_proj.weight"
-    tensors = write_checkpoint(tmp_path, "llada")
-    if dtype is None:
-        tensors[key][3, 3] = math.nan
-    else:
-        tensors[key] = tensors[key].to(dtype)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
-    if dtype is torch.bfloat16:
-        assert load_backbone(tmp_path, "cpu", torch.bfloat16).dtype == torch.bfloat16
+@pytest.mark.parametrize("progress, steps", [(0.0, {1}), (0.15, {1, 2}), (0.39, {1, 2, 3, 4})])
+def test_training_starts_with_ever_more_passes_over_an_unchanged_canvas(progress, steps):
+    drawn = [metastate.draw_reveals(torch.tensor([6] * 4), MetaStateConfig(), progress, seed)
+             for seed in range(50)]
+    # one step, the same in every row, reveals all
+    assert all((r == 6).sum() == 4 for r in drawn)
+    assert {k for r in drawn for k in r.argmax(1).tolist()} == steps
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_are_found_in_large_weights_on_the_cpu_too(tmp_path, value):
-    tensors = write_checkpoint(tmp_path, "llada", torch.bfloat16, embedding_size=16_000)
-    tensors["model.transformer.wte.weight"][-1, -2] = value                        # (16000, 64)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="wte.weight holds NaN or infinity"):
-        load_backbone(tmp_path, "cpu")
+def test_the_curriculum_of_metastate_begins_with_rows_that_need_memory(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(niah, "make_samples", lambda tasks, *args, real=niah.make_samples:
+                        seen.append(set(tasks)) or real(tasks, *args))
+    run_train(*SLOTS, "--steps", 5, "--unroll", 2, "--curriculum", 0.4, "--out", "run",
+              "--tasks", "resolve", "single", "--eval_every", 99)
+    # the tiny backbone's pretraining draws from all tasks
+    seen = [tasks for tasks in seen if len(tasks) < 3]
+    assert seen[:5] == [{"resolve"}, {"resolve"}] + [{"resolve", "single"}] * 3
 
 
-# Changed entries of adapter_config.json (None: taken out), what the message must say.
-BAD_ADAPTERS = [
-    (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa' is not supported"),
-    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights = "),
-    (dict(init_lora_weights="olora"), "init_lora_weights = 'olora' is not supported"),
-    (dict(init_lora_weights="corda"), "init_lora_weights = "),
-    (dict(init_lora_weights="loftq"), "init_lora_weights = "),
-    (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
-    (dict(use_dora=True), "use_dora = True is not supported"),
-    (dict(rank_pattern={"q": 2}), "rank_pattern = "),
-    (dict(r=8), r"lora_A.weight has shape \[4, 32\], expected \[8, 32\]"),
-    (dict(r="4"), "r must be int"),
-    (dict(r=0), "r must be at least 1"),
-    (dict(r=None), ": r is missing"),
-    (dict(lora_alpha=None), ": lora_alpha is missing"),
-    (dict(lora_alpha=-8), "lora_alpha must be"),
-    (dict(lora_alpha=math.nan), "lora_alpha must be"),
-    (dict(lora_alpha="8"), "lora_alpha must be float"),
-    (dict(lora_alpha=9), "trained with lora_alpha = 8"),
-    (dict(lora_dropout="no"), "lora_dropout must be float"),
-    (dict(base_model_name_or_path=None), ": base_model_name_or_path is missing"),
-    (dict(base_model_name_or_path=3), "base_model_name_or_path must be str"),
-]
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch, balance):
+    """L = sum over k of w_k [lambda dense_k + (1 - lambda) reveal_k], w_k = n_k / N_m."""
+    meta = trained_meta(model, balance=balance)
+    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
+                                    REVEALS, 4)
+    total = 0.0
+    for b in range(4):
+        pads = int((~batch.attend[b]).sum())
+        x = batch.x0[b:b + 1, pads:]
+        hidden = (~batch.given[b, pads:]).nonzero()[:, 0]
+        hidden = hidden[batch.u[b, pads:][hidden].argsort()].tolist()      # in order of reveal
+        slots = None
+        for n_k in REVEALS[b].tolist():
+            xt = x.clone()
+            xt[0, hidden] = 1
+            masked = xt == 1
+            logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots,
+                                         masked, 8 - pads)
+            if n_k:
+                ce = dict(zip(masked[0].nonzero()[:, 0].tolist(),
+                              F.cross_entropy(logits, x[masked], reduction="none")))
+                dense = sum(ce.values()) / len(ce)
+                reveal = sum(ce[i] for i in hidden[:n_k]) / n_k
+                total += n_k / 6 * (balance * dense + (1 - balance) * reveal) / 4
+            hidden = hidden[n_k:]
+    torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change, message", BAD_ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused_with_file_and_entry(tmp_path, change, message):
-    model = random_backbone()
-    bb.save_backbone(model, tmp_path / "base", None)
-    bb.save_adapter(model.add_lora(4, 8), tmp_path / "adapter", tmp_path / "base")
-    path = tmp_path / "adapter/adapter_config.json"
-    config = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    with pytest.raises(ValueError, match=message) as caught:
-        load_backbone(tmp_path / "adapter", "cpu")
-    assert str(tmp_path / "adapter") in str(caught.value)
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
 
 
-# All entries of PEFT 0.21.2's LoraConfig. Refused: a value other than the default, for the
-# arithmetic is another then. Harmless: where an adapter sits is told by its tensors; configs of
-# initial values act through init_lora_weights alone; ensure_weight_tying needs tied weights.
-PEFT_REFUSED = dict(
-    peft_type="LOHA", revision="v2", fan_in_fan_out=True, bias="all", use_rslora=True,
-    modules_to_save=["norm"], init_lora_weights="lora_ga", rank_pattern={"q": 2},
-    alpha_pattern={"q": 2}, trainable_token_indices=[3], use_dora=True, velora_config={"a": 1},
-    alora_invocation_tokens=[5, 6], use_qalora=True, monteclora_config={"a": 1},
-    layer_replication=[[0, 1]], lora_bias=True, target_parameters=["w"], use_bdlora={"a": 1},
-    arrow_config={"a": 1}, kasa_config={"a": 1})
-PEFT_USED = "base_model_name_or_path r lora_alpha lora_dropout".split()
-PEFT_HARMLESS = """task_type auto_mapping peft_version inference_mode target_modules exclude_modules
-    layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config
-    corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""".split()
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(family):
+    """At the real sizes. FLOPs per token at L = 1,024: 2 per weight a token passes through; the
+    slots' own matrices work on M tokens instead of L."""
+    cfg = bb.config_from_json(REAL[family])
+    meta_cfg = metastate.for_backbone(cfg)
+    with torch.device("meta"):
+        meta = metastate.build(cfg, meta_cfg)
+        backbone = Backbone(cfg)
+    assert 0.005 < size(meta) / size(backbone) < 0.007
+    per_token = meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel()
+    per_token += sum(i.q.weight.numel() + i.o.weight.numel() for i in meta.injectors)
+    # The Mixer and the Injectors, each q k and weights v.
+    scores = (1 + len(meta.injectors)) * 2 * meta_cfg.num_slots * meta_cfg.slot_dim
+    own = size(meta) * meta_cfg.num_slots / 1024
+    without_embedding = size(backbone) - cfg.vocab_size * cfg.d_model
+    assert (per_token + scores + own) / without_embedding < 0.05
 
 
-@pytest.mark.parametrize("entry", PEFT_REFUSED)
-def test_every_entry_of_peft_that_changes_the_arithmetic_is_refused_by_name(tmp_path, entry):
-    path = tmp_path / "adapter_config.json"
-    config = dict(base_model_name_or_path="x", r=4, lora_alpha=8, peft_type="LORA")
-    path.write_text(json.dumps({**config, **dict.fromkeys(PEFT_HARMLESS, "any")}))
-    bb.adapter_config(tmp_path)
-    path.write_text(json.dumps({**config, entry: PEFT_REFUSED[entry]}))
-    with pytest.raises(ValueError, match=f"adapter_config.json: {entry} = .* is not supported"):
-        bb.adapter_config(tmp_path)
-    assert set(bb.ADAPTER_REQUIRED) == set(PEFT_REFUSED)
-    assert {f.name for f in dataclasses.fields(bb.AdapterConfig)} == set(PEFT_USED)
+
+SMALL = ["--n_eval", "0", "--batch_size", "4", "--length", "32", "--lr", "1e-3",
+         "--device", "cpu"]
 
 
-@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva"])
-def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
-    model = random_backbone()
-    bb.save_backbone(model, tmp_path / "base", None)
-    bb.save_adapter(model.add_lora(4, 8, dropout=0.05), tmp_path / "adapter", tmp_path / "base")
-    path = tmp_path / "adapter/adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": kind}))
-    loaded = load_backbone(tmp_path / "adapter", "cpu")
-    assert loaded.layers[0].attn.q.lora_dropout == 0.05
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        loaded.add_lora(8, 16)
+
+SLOTS = ["--method", "metastate", *SMALL]
 
 
-def test_an_adapter_whose_base_is_an_adapter_or_itself_is_refused(tmp_path):
-    model = random_backbone().add_lora(4, 8)
-    for name, base in (("a", "a"), ("b", "c"), ("c", "b")):
-        bb.save_adapter(model, tmp_path / name, tmp_path / base)
-    for name in "abc":
-        for load in (load_backbone, load_tokenizer):
-            with pytest.raises(ValueError, match="is an adapter too"):
-                load(tmp_path / name)
+
+def run_train(*argv):
+    """train.py's main() in this process."""
+    sys.argv = ["train.py", *map(str, argv)]
+    train.main()
 
 
-def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
-    ids = torch.randint(3, 40, (2, 7))
-    model.add_lora(4, 8, dropout=0.5)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.3)
-    layer = model.layers[0].attn.q
-    x = torch.randn(2, 7, 32)
-    torch.manual_seed(3)
-    ours = layer.train()(x)
-    torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.5)
-    low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
-    torch.testing.assert_close(ours, x @ layer.weight.T + low)
-    model.train()
-    assert not torch.equal(model(ids), model(ids))
-    evaluated = model.eval()(ids)
-    for module in model.modules():
-        if isinstance(module, bb.Linear):
-            module.lora_dropout = 0.0
-    assert torch.equal(model(ids), evaluated)
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
+    the held-out loss is that of few texts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
+    monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
+    # held-out loss: 16 texts
+    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
+    return tmp_path
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    def write(part):
-        Path(part).write_text("half")
-        raise error
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises((KeyboardInterrupt, SystemExit, OSError)):
-        bb.write_atomically(path, write)
-    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"file": "old"}
+
+def synchronize(device):
+    getattr(torch, torch.device(device).type).synchronize()
 
 
-def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
-    tokenizer = niah.tiny_tokenizer()
-    model = random_backbone(vocab_size=138)
-    bb.save_backbone(model, tmp_path, tokenizer)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+def measured(function, device):
+    """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
+    def timed():
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - began
+    first = timed()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = first if first > 10 else sorted(timed() for _ in range(3))[1]
+    return seconds, sample.peak_memory()
 
-    def interrupted(folder):
-        (Path(folder) / "tokenizer.json").write_text("half")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(tokenizer, "save_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bb.save_backbone(model, tmp_path, tokenizer)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-
-
-def test_half_a_character_is_refused_by_name():
-    with pytest.raises(ValueError, match="lone surrogate '.ud800', at position 6"):
-        bb.encode(niah.tiny_tokenizer(), "river \ud800")
-
-
-def test_an_error_starts_on_a_line_of_its_own_when_a_progress_bar_is_open():
-    code = ("import backbone\nfrom tqdm import tqdm\n"
-            "def main():\n    bar = tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
-            "backbone.cli(main)\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == "error: no" and "\nerror: no" in ended.stderr
-
-
-def test_the_scripts_start_and_print_where_windows_lacks_modules_and_characters():
-    code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
-            "import backbone, niah, sample, train\nbackbone.cli(lambda: print('42 \u2603'))\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert (ended.returncode, ended.stdout) == (0, "42 ?\n"), ended.stderr
-
-
-def test_a_file_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
-    """Windows refuses any other."""
-    import fcntl
-    modes = []
-    monkeypatch.setattr(os, "fsync", lambda f: modes.append(fcntl.fcntl(f, fcntl.F_GETFL)))
-    bb.write_json(tmp_path / "file", {})
-    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
-
-
-@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
-def test_a_device_on_which_nothing_can_be_computed_is_refused(device):
-    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*cpu always can"):
-        bb.default_device(device)
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. sample.py, against references written from the description of the official samplers
+# 2. The official samplers: against references written from their description.
 
 def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0,
                     cfg_scale=0.0, remasking="low_confidence"):
@@ -1332,12 +1134,6 @@ def test_end_of_text_can_be_allowed_or_forbidden(model, policy, share):
     assert (ids == model.cfg.eos_id).float().mean() == share
 
 
-def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
-    eager = Eager()
-    sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, steps=6, block_length=1,
-                    memory=eager.memory)
-    assert eager.calls == 1
-
 
 def test_an_answer_is_cut_at_its_first_stop_token(model):
     assert sample.cut(torch.tensor([5, 6, model.cfg.eos_id, 9]), model.cfg) == [5, 6]
@@ -1363,25 +1159,6 @@ def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(
     assert token[0, 2] == model.cfg.eos_id
     assert bool(new[0, 2]) == is_first
 
-
-GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
-
-
-@pytest.mark.parametrize("bad, message", [
-    (dict(block_length=3), "not a multiple"),
-    (dict(block_length=4, steps=3), "multiple of 2"),
-    (dict(remasking="best"), "remasking must be one of"),
-    (dict(eos="never"), "eos must be one of"),
-    (dict(gen_length=9000, block_length=9000), "limit"),
-    (dict(remasking="entropy", block_length=4), "one block")])
-def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
-    with pytest.raises(ValueError, match=message):
-        sample.generate(model, torch.randint(3, 40, (1, 5)), **{**GOOD_SETTINGS, **bad})
-
-
-def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="at least one token"):
-        sample.generate(model, [torch.tensor([], dtype=torch.long)], **GOOD_SETTINGS)
 
 
 def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
@@ -1429,281 +1206,531 @@ def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
         assert all(torch.equal(xt[:, :9], prompt) and not new[:, :9].any() for xt, new in seen)
 
 
-@pytest.mark.parametrize("name, values", [
-    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]),
-    ("threshold", ["nan", "-1"]),
-    ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
-def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
-    for value in values:
-        # before the checkpoint, which does not exist, is looked for
-        argv = ["--checkpoint", "none", "--prompt", "river", f"--{name}={value}"]
-        assert main_of(sample, argv) == 2
-        assert re.search(rf"error: --{name} must be", capsys.readouterr().err)
-        number = int(value) if name == "top_k" else float(value)
-        with pytest.raises(ValueError, match=f"^{name} must be"):
-            sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=6, remasking="entropy",
-                            **{name: number})
 
+def share(rows, hops, after, steps):
+    """"donor / own / neither" in % of one cell."""
+    got = [r["follows"] for r in rows
+           if (r["hops"], r["after"], r["steps"]) == (hops, after, steps)]
+    return "/".join(f"{100 * got.count(name) / len(got):.0f}"
+                    for name in ("donor", "own", "neither")) if got else "-"
 
-def test_memory_settings_beside_a_checkpoint_are_checked(here):
-    for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "speed is an unknown entry"),
-                          ('[1]', "must hold an object")):
-        Path("memory.json").write_text(text)
-        with pytest.raises(ValueError, match=f"^memory.json.*{message}"):
-            sample.inner_loop_settings(".")
-
-
-class Hostile:
-    """A tokenizer every token of which clears the screen and ends a page's script."""
-    def decode(self, ids, skip_special_tokens=True):
-        return "\x1b[2J\x9b2J\x07\rx</script><b>&amp;" * len(ids)
-
-
-def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
-    """A viewer that has decoded the prompts."""
-    model = random_backbone()
-    viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
-    viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
-    return viewer
-
-
-def test_watching_and_answers_print_no_control_characters(capsys):
-    viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], watch=True)
-    said = capsys.readouterr().out
-    assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
-
-
-def new_checkpoint():
-    """An untrained tiny checkpoint in the working directory, as a command line names it."""
-    bb.save_backbone(load_backbone("tiny", "cpu"), "new", niah.tiny_tokenizer())
-    return "--checkpoint", "new"
-
-
-class Page(HTMLParser):
-    """The tags of a page and the data in it."""
-    def __init__(self, text):
-        super().__init__()
-        self.tags = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_data(self, text):
-        if self.tags and self.tags[-1] == "script" and text.startswith("{"):
-            self.data = json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def plain_page():
-    """Two prompts, decoded by a model without memory -> what the page holds, and its viewer."""
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), prompts, gen_length=5)
-    return Page(sample.page("plain", [viewer])).data, viewer
-
-
-def test_a_page_holds_every_token_of_every_step(plain_page):
-    data, viewer = plain_page
-    assert len(data["rows"]) == 2 and len(viewer.frames) == 6
-    for row, shown in enumerate(data["rows"]):
-        frames = shown["arms"][0]["frames"]
-        assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
-        assert [f["kind"].count(0) for f in frames] == [5, 4, 3, 2, 1, 0]
-        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
-
-
-@pytest.mark.parametrize("settings", [
-    dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
-def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
-    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
-                          gen_length=6, **settings)
-    for before, after in zip(viewer.frames, viewer.frames[1:]):
-        canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
-        logits = viewer.backbone(torch.cat([viewer.prompt, canvas], 1))[:, 3:]
-        p = logits.softmax(-1).gather(-1, after.tokens[..., None])[..., 0]
-        now = after.kind == 2
-        assert now.any()
-        torch.testing.assert_close(after.sure[now], p[now])
-
-
-def test_no_token_and_no_prompt_can_put_markup_into_a_page():
-    viewer = viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], gen_length=3)
-    page = Page(sample.page("</script><img src=x>", [viewer]))
-    empty = Page(sample.PAGE.replace("DATA", "{}"))
-    assert page.tags == empty.tags
-    assert page.data["title"] == "</script><img src=x>"
-    assert page.data["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
-
-
-def test_a_page_needs_no_network():
-    assert not re.search(r"https?://|//\w|@import|url\(|<link|src=", sample.PAGE)
-
-
-def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
-    memory = memdlm.prompt_memory(MEM)
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
-    viewer = viewer_after(memory, niah.tiny_tokenizer(), prompts, gen_length=3)
-    shown = Page(sample.page("phi", [viewer])).data["rows"][1]["panels"][0]
-    model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
-    _, phi = memory(model, prompts[1][None], None, 2)
-    for i, canvas in enumerate([[mask, 9], [8, mask]]):
-        off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
-        expected = (on - off)[prompts[1][i]].item()
-        assert shown["values"][0][i] == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
-    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
-                          gen_length=3)
-    values = Page(sample.page("slots", [viewer])).data["rows"][0]["panels"][0]["values"]
-    assert values[0] is None and len(values) == 4
-    assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
-
-
-def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here, capsys):
-    argv = [*new_checkpoint(), "--device", "cpu", "--html", "page.html"]
-    assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
-    row = Page(Path("page.html").read_text()).data["rows"][0]
-    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
-    assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
-                                                           "? river =".split()]
-
-
-def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(here, capsys):
-    argv = [*new_checkpoint(), "--device", "cpu", "--prompt", "river", "--html", "no/page"]
-    assert main_of(sample, argv) == 2
-    said = capsys.readouterr()
-    assert "no/page" in said.err and not said.out
-
-
-@pytest.mark.parametrize("text, question", [
-    ("river = 47 . ? river =", "? river ="),
-    ("where ? river = 47 . ? river =", "? river ="),
-    ("river = 47 . ? stone\nriver =", "river ="),
-    ("  river = 47 .\n? river =\n", "? river =")])
-def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
-        text, question):
-    tokenizer = niah.tiny_tokenizer()
-    model = load_backbone("tiny", "cpu")
-    longer = "stone = 12 . the sky is blue . ? stone ="
-    questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
-    assert questions == ["? stone =", question]
-    assert list(arms) == ["none", "written"]
-    written = text.strip().removesuffix(question).strip()
-    ids = torch.tensor([bb.encode(tokenizer, written)])
-    every = torch.ones_like(ids, dtype=torch.bool)
-    expected = memdlm.adapt_to_prompt(model, ids, every, MemDLMConfig())
-    _, phi = arms["written"](model, ids, None, 0)
-    for name, w in expected.items():
-        torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
-def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
-        here, capsys, text):
-    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
-    assert main_of(sample, [*argv, text]) == 2
-    assert "has no question behind a text" in capsys.readouterr().err
-
-
-def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
-    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
-    assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
-    assert len(re.findall(r"^ +written: ", said, flags=re.M)) == 2
-    assert "of 2 answers" in said
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. memdlm.py
+# 3. The real checkpoints: against independent models of transformers, and their own formats.
 
-@sdpa_kernel(SDPBackend.MATH)               # fast kernels have no second derivative
-def paper_loop(model, x0, given, attend, t, u, inner, seed, exact=False):
-    """MemDLM's loss from the paper, one sample at a time, nothing shared: whole forward passes,
-    merged weights, no batch dimension. Only the random start of a row is drawn with our code."""
-    seeds = memdlm.row_seeds(x0, given & attend, seed)
-    total = 0.0
-    for b in range(len(x0)):
-        real = attend[b]
-        phi0 = memdlm.init_phi(model, [seeds[b]], inner)
-        total = total + paper_sample(model, x0[b, real], given[b, real], t[b], u[b, real],
-                                     phi0, inner, exact) / t[b]
-    return total / (~given).sum()
-
-
-def paper_sample(model, x0, given, t, u, phi0, inner, exact):
-    """The outer cross-entropy of one sample, summed over its masked tokens, those with u < t.
-
-    x0, given, u (L,); t a number; phi0 {name of a matrix: LowRank A (1, r, d_in), B (1, d_out, r)}.
-    Inner losses: a mean over the masked tokens, times 1 / the actual mask ratio."""
-    weights = dict(model.named_parameters())
-    matrices = list(phi0)
-    phi = [phi0[m].A[0] for m in matrices] + [phi0[m].B[0] for m in matrices]
-
-    def cross_entropy(phi, masked):
-        merged = dict(weights)
-        for name, A, B in zip(matrices, phi, phi[len(matrices):]):
-            name = f"{name}.weight"
-            merged[name] = weights[name] + inner.alpha / inner.rank * B @ A
-        xt = x0.masked_fill(masked, model.cfg.mask_id)[None]                        # (1, L)
-        logits = torch.func.functional_call(model, merged, (xt,))[0]                # (L, V)
-        return F.cross_entropy(logits[masked], x0[masked], reduction="sum")
-
-    order = [i for i in u.argsort().tolist() if not given[i]]
-    n = len(order)
-    k = int((u[order] < t).sum())
-    anchor = torch.zeros_like(given)
-    anchor[order[:k]] = True
-    pre_anchor = torch.zeros_like(given)
-    pre_anchor[order[:int(min(n, inner.s_pre * k))]] = True
-    # A mean over masked tokens times 1 / the realised mask ratio.
-    for masked in (pre_anchor, anchor):
-        phi = [(w if exact else w.detach()).requires_grad_() for w in phi]
-        loss = cross_entropy(phi, masked) / masked.sum() * n / masked.sum()
-        grads = torch.autograd.grad(loss, phi, create_graph=exact)
-        scales = [(inner.clip / (g.norm() + 1e-6)).clamp(max=1) for g in grads]
-        phi = [w - inner.inner_lr * c * g for w, c, g in zip(phi, scales, grads)]
-    return cross_entropy(phi if exact else [w.detach() for w in phi], anchor)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(
+        tmp_path, family, dtype, tolerance):
+    tensors = write_checkpoint(tmp_path / "checkpoint", family, dtype)
+    model = load_backbone(tmp_path / "checkpoint", "cpu")
+    other = independent_model(family, tensors, tmp_path)
+    ids = torch.randint(0, 80, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(ids)
+        full = torch.zeros(2, 1, 11, 11, dtype=dtype)
+        theirs = other(input_ids=ids, attention_mask=full).logits
+    # Dream's sampler shifts the logits by one position; position 0 keeps its own.
+    if family == "dream":
+        theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], dim=1)
+    assert model.dtype == dtype
+    error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    assert error < tolerance
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("options, clip", [
-    (dict(), 1.0),
-    (dict(), 0.05),
-    (MIXTURE, 1.0),
-    (dict(n_layers=12), 1.0)])
-def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
-        batch, options, clip, exact):
-    """First order, and with exact=True the gradient of Eq. 5 through the whole graph."""
-    model = random_backbone(**options).double().requires_grad_(True)
-    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5, clip=clip)
-    x0, given, attend, t, u, _ = batch
-    ours = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, (~given).sum(), inner, 7,
-                              exact)
-    paper = paper_loop(model, x0, given, attend, t, u, inner, 7, exact)
-    torch.testing.assert_close(ours.double(), paper, atol=1e-5, rtol=1e-4)
-    names = [n for n, _ in model.named_parameters()]
-    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-                 for loss in (ours, paper)]
-    for name, a, b in zip(names, *gradients):
-        # An expert that no token was sent to has no gradient in either.
-        if a is not None or b is not None:
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+@pytest.mark.parametrize("family, parameters, mask_id", [
+    ("llada", 8_015_581_184, 126336),
+    ("dream", 7_615_616_512, 151666),
+    ("llada_moe", 7_356_880_896, 156895)])
+def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(
+        family, parameters, mask_id):
+    cfg = bb.config_from_json(REAL[family])
+    with torch.device("meta"):
+        model = Backbone(cfg)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    ours = {bb.official_name(n, family): tuple(p.shape) for n, p in model.named_parameters()}
+    assert ours == official_keys(family, REAL[family])
+    assert cfg.mask_id == mask_id
 
 
-def test_the_exact_gradient_is_the_same_where_activations_are_recomputed(batch):
-    """With attention above a phi, and by default on every real backbone."""
-    model = random_backbone(n_layers=12).requires_grad_(True)
-    x0, given, attend, t, u, _ = batch
-    gradients = []
-    for model.checkpointing in (False, True):
-        loss = memdlm.loss_memdlm(model, x0, given, attend, t, u, 1 / t, 24, MEM, 7, exact=True)
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+
+def test_llada_in_bf16_rotates_in_fp32_and_dream_does_not():
+    """RoPE is a multiplication of complex numbers, one rounding after it."""
+    x = torch.randn(1, 2, 50, 16).bfloat16()                                        # (B, H, L, d)
+    ctx = random_backbone().context(torch.zeros(1, 50))
+    turn = torch.complex(ctx.cos.double(), ctx.sin.double())[..., :8]
+    turned = torch.complex(*x.double().chunk(2, -1)) * turn
+    exact = torch.cat([turned.real, turned.imag], -1).bfloat16()
+    llada, dream = ((bb.rotate(x, ctx.cos, ctx.sin, fp32) != exact).float().mean()
+                    for fp32 in (True, False))
+    assert llada < 0.001 and dream > 0.1
+    assert [bb.config_from_json(CONFIGS[f]).rope_fp32 for f in CONFIGS] == [True, False, False]
+
+
+def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, batch):
+    assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
+
+
+
+def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
+    tokenizer = niah.tiny_tokenizer()
+    text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
+    assert tokenizer.decode(bb.encode(tokenizer, text)) == text
+
+
+def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
+    tokenizer = niah.tiny_tokenizer()
+    ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
+    cfg = BackboneConfig()
+    assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
+
+
+
+def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path, monkeypatch):
+    """Dream ships vocab.json and merges.txt and no tokenizer.json; here a BPE without merges.
+    Before transformers 5 Qwen2Tokenizer is a slow class, which has no backend."""
+    import transformers
+    fast = transformers.Qwen2TokenizerFast
+    monkeypatch.setattr(transformers, "Qwen2Tokenizer", None)
+    monkeypatch.setattr(transformers, "Qwen2TokenizerFast", fast)
+    from tokenizers.pre_tokenizers import ByteLevel
+    write_checkpoint(tmp_path, "dream")
+    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+    added = {s: len(vocabulary) + i for i, s in enumerate(specials)}
+    config = {"tokenizer_class": "DreamTokenizer",
+              "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer).__name__.startswith("Qwen2")
+    assert tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
+
+
+# LLaDA's template opens the assistant's turn whatever add_generation_prompt says.
+LLADA_TEMPLATE = (
+    "{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+
+LLADA_TURNS = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.fixture
+def llada_chat():
+    """A byte-level tokenizer with LLaDA's special tokens and chat template, and a configuration."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>",
+                            "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=LLADA_TEMPLATE)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in
+           dict(eot_id="<|eot_id|>", eos_id="<|endoftext|>", mask_id="<|mdm_mask|>").items()}
+    cfg = BackboneConfig(family="llada", vocab_size=300, conv_width=0, chat=True, **ids)
+    return tokenizer, cfg
+
+
+def test_a_chat_prompt_ends_with_an_open_turn_of_the_assistant(llada_chat):
+    tokenizer, cfg = llada_chat
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == LLADA_TURNS
+
+
+def test_a_chat_pair_is_the_open_turn_and_a_response_that_ends_it(llada_chat):
+    tokenizer, cfg = llada_chat
+    pair = {"prompt": "how far?", "response": "72 km"}
+    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
+    assert texts == [LLADA_TURNS, "72 km<|eot_id|>"]
+
+
+def test_without_chat_a_prompt_is_its_own_text_and_a_response_ends_with_end_of_text(llada_chat):
+    tokenizer, cfg = llada_chat
+    cfg.chat = False
+    pair = {"prompt": "how far?", "response": "72 km"}
+    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
+    assert texts == ["how far?", "72 km<|endoftext|>"]
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
+
+
+
+ASKED = '{"prompt": "how far?", "response": "72"}'
+
+CHAT_OF = ('{"messages": [{"role": "user", "content": "how far?"}, '
+           '{"role": "assistant", "content": %s}]}')
+
+
+
+def chat_folder(folder, tokenizer, cfg, template=LLADA_TEMPLATE):
+    """A miniature LLaDA with this tokenizer."""
+    write_checkpoint(folder, "llada", vocab_size=300, embedding_size=300,
+                     mask_token_id=cfg.mask_id, eos_token_id=cfg.eos_id, max_sequence_length=512)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def test_of_several_chat_templates_the_default_is_taken(llada_chat, tmp_path):
+    tokenizer, cfg = llada_chat
+    chat_folder(tmp_path, tokenizer, cfg, None)
+    path = tmp_path / "tokenizer_config.json"
+    several = [dict(name="tools", template="no"), dict(name="default", template=LLADA_TEMPLATE)]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
+    ids = bb.encode_prompt(load_tokenizer(tmp_path), cfg, "how far?")
+    assert tokenizer.decode(ids) == LLADA_TURNS
+
+
+@pytest.mark.parametrize("name, template, chat, why", [
+    ("n/llada-8b-instruct", None, True, "its name says instruct"),
+    ("my-ChatGPT-paper/LLaDA-8B-Base", LLADA_TEMPLATE, False, "its name says base"),
+    ("models--o--LLaDA-8B-Base/snapshots/9f3c", LLADA_TEMPLATE, False, "its name says base"),
+    ("mine", LLADA_TEMPLATE, True, "its folder holds a template"),
+    ("database", None, False, "its folder holds no template")])
+def test_instruct_or_base_is_told_by_the_last_name_and_the_template_and_said(
+        llada_chat, tmp_path, capsys, name, template, chat, why):
+    chat_folder(tmp_path / name, *llada_chat, template)
+    assert load_backbone(tmp_path / name, "cpu").cfg.chat is chat
+    assert why in capsys.readouterr().out
+    bb.save_backbone(load_backbone(tmp_path / name, "cpu", chat=not chat), tmp_path / "base-chat")
+    assert load_backbone(tmp_path / "base-chat", "cpu").cfg.chat is not chat
+
+
+@pytest.mark.parametrize("line, chat", [(CHAT_OF % '"72"', True), (ASKED, False)])
+@pytest.mark.parametrize("flags", [["--lora", 2], ["--lora", 0], ["--method", "metastate"]])
+def test_a_base_model_is_decoded_and_evaluated_with_the_template_only_if_it_was_trained_with_it(
+        here, llada_chat, monkeypatch, flags, line, chat):
+    chat_folder(here / "LLaDA-Base", *llada_chat)
+    Path("data.jsonl").write_text(f"{line}\n" * 4)
+    prompts = []
+    generate = niah.generate
+    monkeypatch.setattr(niah, "generate", lambda b, p, **more: prompts.extend(p) or
+                        generate(b, p, **more))
+    run_train(*MDLM, "--batch_size", 2, "--backbone", "LLaDA-Base", "--data", "data.jsonl",
+              "--steps", 1, "--n_eval", 1, "--tasks", "single", "--unroll", 1, "--out", "run",
+              *flags)
+    start = llada_chat[0].convert_tokens_to_ids("<|startoftext|>")
+    assert prompts and all((list(p)[0] == start) is chat for p in prompts)
+    assert sample.load_arms("run", "cpu")[0].cfg.chat is chat
+    assert sample.load_arms("run", "cpu", chat=not chat)[0].cfg.chat is not chat
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used(llada_chat, tmp_path):
+    tokenizer, cfg = llada_chat
+    chat_folder(tmp_path / "LLaDA-Base", tokenizer, cfg, None)
+    base = tmp_path / "LLaDA-Base"
+    bb.save_adapter(random_adapter(base), tmp_path / "sft", base)
+    shard = tmp_path / "sft/adapter_model.safetensors"
+    save_file(weights_of(tmp_path / "sft"), shard)                      # as PEFT writes it
+    assert not load_backbone(tmp_path / "sft", "cpu").cfg.chat
+    tokenizer.chat_template = LLADA_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "sft")
+    assert load_tokenizer(tmp_path / "sft").chat_template == LLADA_TEMPLATE
+    assert load_backbone(tmp_path / "sft", "cpu").cfg.chat
+
+
+
+def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
+    model = random_backbone(vocab_size=139)
+    bb.save_backbone(model, tmp_path, niah.tiny_tokenizer())
+    ids = torch.randint(3, 40, (2, 7))
+    assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
+    assert load_tokenizer(tmp_path).mask_token_id == 1
+
+
+
+def random_adapter(base):
+    """The backbone in `base` with a rank-4 LoRA whose B is no longer zero."""
+    model = load_backbone(base, "cpu").add_lora(4, 8)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_new_adapter_changes_no_logit(tmp_path, family):
+    write_checkpoint(tmp_path, family)
+    ids = torch.randint(0, 60, (2, 7))
+    plain = load_backbone(tmp_path, "cpu")(ids)
+    assert torch.equal(load_backbone(tmp_path, "cpu").add_lora(4, 8)(ids), plain)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_saved_adapter_gives_the_same_logits_and_not_its_bases(tmp_path, family):
+    write_checkpoint(tmp_path / "base", family)
+    model = random_adapter(tmp_path / "base")
+    bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    ids = torch.randint(0, 60, (2, 7))
+    loaded = load_backbone(tmp_path / "adapter", "cpu")(ids)
+    assert torch.equal(loaded, model(ids))
+    assert not torch.equal(loaded, load_backbone(tmp_path / "base", "cpu")(ids))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_equals_weights_to_which_it_was_added(tmp_path, family):
+    write_checkpoint(tmp_path, family)
+    model = random_adapter(tmp_path)
+    merged = load_backbone(tmp_path, "cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, bb.Linear) and module.lora_rank:
+            change = 8 / 4 * module.lora_B.data @ module.lora_A.data                # alpha / r
+            merged.get_submodule(name).weight.data += change
+    ids = torch.randint(0, 60, (2, 7))
+    torch.testing.assert_close(merged(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lora_and_fast_weights_are_added_to_bf16_in_fp32_and_rounded_once(tmp_path, family):
+    """As PEFT 0.21 does it: logits are then equal bit for bit on all three layouts."""
+    write_checkpoint(tmp_path, family, torch.bfloat16)
+    layer = random_adapter(tmp_path).layers[0].attn.o
+    x = torch.randn(2, 9, layer.in_features).bfloat16()
+    A, B = layer.lora_A.data, layer.lora_B.data
+    y = F.linear(x, layer.weight).float()
+    once = (y + 8 / 4 * (x.float() @ A.T @ B.T)).bfloat16()
+    assert torch.equal(layer(x), once)
+    layer.lora_rank = 0
+    assert torch.equal(layer(x, bb.LowRank(A.expand(2, -1, -1), B.expand(2, -1, -1), 2.0)), once)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tmp_path, family):
+    """PEFT matches target_modules with fullmatch."""
+    write_checkpoint(tmp_path, family)
+    bb.save_adapter(random_adapter(tmp_path), tmp_path / "adapter", tmp_path)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    matrices = {key.removesuffix(".weight") for key, shape
+                in official_keys(family, CONFIGS[family]).items() if len(shape) == 2}
+    found = {name for name in matrices if re.fullmatch(config["target_modules"], name)}
+    if family == "llada":
+        assert matrices - found == {"model.transformer.wte", "model.transformer.ff_out"}
+    else:
+        assert matrices - found == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_second_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
+    """Without attention, token i depends on token i - 1 through the second convolution alone."""
+    def influence(**options):
+        model = random_backbone(**options)
+        for layer in model.layers:
+            layer.attn.o.weight.zero_()
+        ids = torch.randint(3, 40, (1, 9))
+        other = ids.clone()
+        other[0, 3] = (other[0, 3] - 2) % 37 + 3
+        return (model(ids) - model(other))[0, 4].abs().max()
+    assert influence() == 0
+    assert influence(ffn_convs=1) > 0
+    model = random_backbone(ffn_convs=1)
+    row = torch.randint(3, 40, (1, 9))
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), row], 1)
+    attend = torch.arange(14)[None] >= 5
+    torch.testing.assert_close(model(padded, attend)[:, 5:], model(row), atol=1e-5, rtol=1e-4)
+
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
+    (dict(mask_token_id=0), dict(mask_id=0)),
+    (dict(eos_token_id=0), dict(eos_id=0)),
+    (dict(mlp_hidden_size=None), dict(d_ff=256)),
+    (dict(mlp_hidden_size=None, mlp_ratio=2), dict(d_ff=128)),
+    (dict(bias_for_layer_norm=None, n_kv_heads=None), dict(n_kv_heads=4)),
+    (dict(rms_norm_eps=0, rope_theta=10000), dict(norm_eps=0)),
+    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
+     dict(rope_theta=7e4)),
+    (dict(rope_scaling={"rope_type": "default"}), dict(rope_theta=5e5)),
+])
+def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially(change, expected):
+    cfg = bb.config_from_json({**CONFIGS["llada"], **change})
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva"])
+def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
+    model = random_backbone()
+    bb.save_backbone(model, tmp_path / "base", None)
+    bb.save_adapter(model.add_lora(4, 8, dropout=0.05), tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": kind}))
+    loaded = load_backbone(tmp_path / "adapter", "cpu")
+    assert loaded.layers[0].attn.q.lora_dropout == 0.05
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        loaded.add_lora(8, 16)
+
+
+
+def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
+    ids = torch.randint(3, 40, (2, 7))
+    model.add_lora(4, 8, dropout=0.5)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    layer = model.layers[0].attn.q
+    x = torch.randn(2, 7, 32)
+    torch.manual_seed(3)
+    ours = layer.train()(x)
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(ours, x @ layer.weight.T + low)
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+    evaluated = model.eval()(ids)
+    for module in model.modules():
+        if isinstance(module, bb.Linear):
+            module.lora_dropout = 0.0
+    assert torch.equal(model(ids), evaluated)
+
+
+
+MDLM = ["--method", "mdlm", *SMALL]
+
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def log_of(folder):
+    return [json.loads(row) for row in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+
+def test_with_lora_nothing_but_the_adapter_is_trained(here):
+    run_train(*MDLM, "--steps", 1, "--lora", 2, "--out", "run")
+    trained = train.read_state("run/resume.pt")["trained"]
+    assert trained and all(2 in p.shape for p in trained)
+
+
+
+GOOD_LINE = '{"prompt": "river = 47 . ? river =", "response": "47"}'
+
+GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, '
+             '{"role": "assistant", "content": "12"}]}')
+
+
+def read_jsonl(file, max_len=64):
+    return train.read_jsonl(file, niah.tiny_tokenizer(), BackboneConfig(), max_len)
+
+
+def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
+    Path("good.jsonl").write_text("\n".join([GOOD_LINE, GOOD_CHAT] * 4))
+    assert len(read_jsonl("good.jsonl")) == 8
+    run_train(*MDLM, "--data", "good.jsonl", "--steps", 1)
+    assert len(log_of("runs/mdlm")) == 1
+
+
+
+def main_of(module, argv):
+    """A script's command line in this process: its exit code, as a shell would see it."""
+    sys.argv = [f"{module.__name__}.py", *argv]
+    try:
+        bb.cli(module.main)
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+
+def test_metastate_trained_on_an_adapter_loads_and_samples(here):
+    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "adapter")
+    run_train(*SLOTS, "--unroll", 2, "--steps", 2, "--init", "adapter", "--out", "both")
+    assert json.loads(Path("both/metastate.json").read_text())["backbone"] == "adapter"
+    backbone, _, arms = sample.load_arms("both", "cpu")
+    assert any(m.lora_rank == 4 for m in backbone.modules() if isinstance(m, bb.Linear))
+    assert "metastate" in arms
+    argv = ["--checkpoint", "both", "--prompt", "? river =", "--device", "cpu"]
+    assert main_of(sample, argv) == 0
+
+
+def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
+    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "first")
+    run_train(*MDLM, "--init", "first", "--steps", 2, "--out", "second")
+    for folder in ("first", "second"):
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        assert config["r"] == 4
+        assert config["base_model_name_or_path"] == "runs/pretrained-seed0"
+    first, second = weights_of("first"), weights_of("second")
+    assert any(not torch.equal(v, second[k]) for k, v in first.items())
+    load_backbone("second", "cpu")
+    for rank in (0, 8):
+        with pytest.raises(ValueError, match="adapter of rank 4"):
+            run_train(*MDLM, "--init", "first", "--lora", rank, "--out", "third")
+    with pytest.raises(ValueError, match="backbone is frozen"):
+        run_train(*SLOTS, "--init", "first", "--lora", 4, "--out", "third")
+    assert not Path("third").exists()
+
+
+
+def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
+    chat = json.dumps({"context": "stone = 12 .", **json.loads(GOOD_CHAT)})
+    Path("chats.jsonl").write_text("\n".join([chat, chat]))
+    with pytest.raises(ValueError, match="chats.jsonl, line 1: .*closed book"):
+        read_jsonl("chats.jsonl")
+
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Invariants of memory: off is the plain model, no row sees another, the same alone and padded.
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(conv_width=0, shift=True, n_kv_heads=1),
+    dict(MIXTURE, qk_norm=True)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
+    model = random_backbone(**options)
+    row = torch.randint(3, 40, (1, 9))
+    row_ids = F.pad(row, (5, 0) if side == "left" else (0, 5))                      # (1, 14)
+    row_attend = F.pad(row >= 0, (5, 0) if side == "left" else (0, 5))
+    ids = torch.cat([row_ids, torch.randint(3, 40, (1, 14))])                       # (2, 14)
+    attend = torch.cat([row_attend, torch.ones(1, 14, dtype=torch.bool)])
+    together = model(ids, attend)[0][attend[0]]                                     # (9, V)
+    torch.testing.assert_close(together, model(row)[0], atol=1e-5, rtol=1e-4)
+
+
+
+def test_slices_of_layers_compose_to_the_whole(model):
+    ids = torch.randint(3, 40, (2, 7))
+    ctx = model.context(ids)
+    h = model.run(model.embed(ids), ctx, 0, 2)
+    h = model.run(h, ctx, 2)
+    assert torch.equal(model.head(h, ctx), model(ids))
+
+
+def test_the_head_on_chosen_positions_gives_the_logits_of_the_whole_there(model):
+    ids = torch.randint(3, 40, (2, 7))
+    at = torch.rand(2, 7) < 0.5
+    torch.testing.assert_close(model(ids, at=at), model(ids)[at])
+
+
+def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
+    ids = torch.randint(3, 40, (2, 7))
+    assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).attend is None
+
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, batch):
+    model.requires_grad_(True)
+    masked = ~batch.given
+
+    def gradients(checkpointing):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        logits = model(batch.x0, batch.attend, masked)
+        masked_loss(logits, batch.x0, masked, torch.ones(4), 24).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
+
 
 
 def adapted(model, batch, inner=MEM):
@@ -1755,60 +1782,6 @@ def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
                                        atol=1e-5, rtol=1e-3)
 
 
-def test_clipping_is_per_tensor_and_per_sample(model, batch):
-    """Every gradient here is larger than the clip, so every step has exactly its norm."""
-    clip = 0.01
-    inner = MemDLMConfig(rank=4, alpha=8.0, inner_lr=1.0, clip=clip)
-    masked = ~batch.given
-    ctx = model.context(batch.x0, batch.attend)
-    h = model.run(model.embed(batch.x0.masked_fill(masked, model.cfg.mask_id)), ctx, 0, 2)
-    old = memdlm.init_phi(model, [0, 1, 2, 3], inner)
-    new = memdlm.inner_step(model, old, h, ctx, batch.x0, masked, torch.ones(4), inner)
-    for name in old:
-        length = (new[name].B - old[name].B).flatten(1).norm(dim=1)                 # (B,)
-        torch.testing.assert_close(length, torch.full((4,), clip), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("layers, first", [
-    (3, 2), (10, 9), (12, 10), (16, 14), (20, 18), (28, 25), (32, 28)])
-def test_fast_weights_sit_on_the_ffn_of_the_last_tenth_of_the_layers(layers, first):
-    model = random_backbone(n_layers=layers)
-    assert memdlm.first_fast_layer(model, MEM) == first
-    expected = {f"layers.{i}.ffn.{matrix}" for i in range(first, layers)
-                for matrix in ("gate", "up", "down")}
-    assert set(memdlm.init_phi(model, [0], MEM)) == expected
-
-
-CLOSED = ClosedBook(rank=4, alpha=8.0, inner_lr=0.1, clip=0, chunk=4, inner_on="closed_book",
-                    surprise=0.0, questions=1, window=0)
-OPEN = dataclasses.replace(MEM, inner_on="prompt")
-
-
-def prompt_loss(model, batch, inner, x0=None, context=None, exact=False):
-    """loss_closed_book with the first five columns as the text to write (padding left out)."""
-    if context is None:
-        context = batch.attend.clone()
-        context[:, 5:] = False
-    attend = batch.attend & ~context if inner.inner_on == "closed_book" else batch.attend
-    x0 = batch.x0 if x0 is None else x0
-    return memdlm.loss_closed_book(model, x0, context, batch.given, attend, batch.t, batch.u,
-                                   torch.ones(4), 24, inner, 7, exact)
-
-
-def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
-    """The fast weights that loss_closed_book answers with."""
-    seen = []
-    call = Backbone.forward
-
-    def spy(self, ids, attend, at, phi):
-        seen.append(phi)
-        return call(self, ids, attend, at, phi)
-    context = batch.given & batch.attend if context is None else context
-    with monkeypatch.context() as patch:
-        patch.setattr(Backbone, "forward", spy)
-        prompt_loss(model, batch, inner, x0, context)
-    return seen[-1]
-
 
 def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch):
     other = batch.x0.clone()
@@ -1830,20 +1803,6 @@ def test_the_phi_of_a_closed_book_does_not_know_the_question_of_any_length(
     theirs = phi_of(monkeypatch, model, batch, other, CLOSED, context)
     assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
 
-
-def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
-        model, batch, monkeypatch):
-    trained = phi_of(monkeypatch, model, batch, batch.x0)
-    start = memdlm.init_phi(model, [7] * 4, OPEN)
-    used = memdlm.adapt_to_prompt(model, batch.x0[:, :8], batch.attend[:, :8], OPEN, 7, start)
-    assert all(torch.equal(trained[name].B, used[name].B) for name in used)
-
-
-def test_a_batch_without_a_text_to_write_is_plain_mdlm(model, batch):
-    nothing = torch.zeros_like(batch.given)
-    xt, masked = corrupt(batch.x0, batch.t, batch.given, 1, batch.u)
-    plain = masked_loss(model(xt, batch.attend, masked), batch.x0, masked, torch.ones(4), 24)
-    assert torch.equal(prompt_loss(model, batch, CLOSED, context=nothing), plain)
 
 
 def test_the_closed_book_is_closed_only_phi_knows_the_text(model, batch):
@@ -1871,141 +1830,6 @@ def test_rows_that_ask_about_one_text_share_its_phi(model, batch):
     torch.testing.assert_close(prompt_loss(model, shared, two), prompt_loss(model, shared, CLOSED))
 
 
-@pytest.mark.parametrize("fraction", [0.1, 1.0])           # with 1.0 attention lies above a phi
-def test_the_exact_gradient_is_that_of_the_whole_bilevel_loss_and_first_order_is_not(
-        batch, fraction):
-    inner = dataclasses.replace(CLOSED, fraction=fraction)
-    model = random_backbone().double().requires_grad_(True)
-    p = model.layers[0].ffn.up.weight
-    slopes = {}
-    for exact in (True, False):
-        loss = prompt_loss(model, batch, inner, exact=exact)
-        grad, = torch.autograd.grad(loss, p)
-        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).double()
-        slopes[exact] = (grad * direction).sum().item()
-    ends = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            p += sign * 2e-4 * direction
-        ends.append(prompt_loss(model, batch, inner).item())
-        with torch.no_grad():
-            p -= sign * 2e-4 * direction
-    measured = (ends[0] - ends[1]) / 4e-4
-    assert slopes[True] == pytest.approx(measured, rel=1e-2)
-    assert abs(slopes[False] - measured) > 10 * abs(slopes[True] - measured)
-
-
-def test_surprise_scales_the_gradient_of_each_token_by_one_minus_its_probability(model):
-    """One masked token: its step is the plain one times (1 - p)^gamma."""
-    ids = torch.arange(3, 8)[None]
-    masked = ids == 5
-    xt = ids.masked_fill(masked, 1)
-    phi = memdlm.init_phi(model, [0], CLOSED)
-    ctx = model.context(xt)
-    h = model.run(model.embed(xt), ctx, 0, memdlm.first_fast_layer(model, CLOSED))
-    plain, scaled = (memdlm.inner_step(model, phi, h, ctx, ids, masked, torch.ones(1), CLOSED,
-                                       gamma=gamma) for gamma in (0.0, 2.0))
-    p = model(xt, at=masked).softmax(-1)[0, 5]
-    for name, w in plain.items():
-        torch.testing.assert_close(scaled[name].B, w.B * (1 - p) ** 2)
-
-
-def test_surprise_and_other_settings_of_the_closed_book_are_no_part_of_the_papers_inner_loop():
-    ours = {f.name for f in dataclasses.fields(ClosedBook)}
-    paper = {f.name for f in dataclasses.fields(MemDLMConfig)}
-    assert ours - paper == {"masks", "chunk", "surprise", "questions", "window"}
-
-
-def test_training_writes_every_token_alike_whatever_the_surprise_at_inference(model, batch):
-    surprised = dataclasses.replace(CLOSED, surprise=4.0)
-    assert torch.equal(prompt_loss(model, batch, surprised), prompt_loss(model, batch, CLOSED))
-
-
-def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
-    """Twelve tokens are three chunks, and each token's embedding is used in one of them."""
-    model.requires_grad_(True)
-    ids = torch.arange(3, 27).view(2, 12)
-    every = torch.ones_like(ids, dtype=torch.bool)
-    phi, reached = {}, {}
-    for window in (0, 1, 2):
-        inner = dataclasses.replace(CLOSED, window=window)
-        phi[window] = memdlm.write_text(model, ids, every, inner, exact=True)
-        size = sum(w.B.pow(2).sum() for w in phi[window].values())
-        grad, = torch.autograd.grad(size, model.embed_tokens.weight)
-        reached[window] = (grad[ids] != 0).any(-1).all(0).tolist()                      # (12,)
-    assert reached == {0: [True] * 12, 1: [False] * 8 + [True] * 4, 2: [False] * 4 + [True] * 8}
-    for window in (1, 2):
-        for name, w in phi[window].items():
-            torch.testing.assert_close(w.B, phi[0][name].B)
-
-
-@pytest.mark.parametrize("n", range(1, 13))
-def test_the_pre_anchor_state_has_the_released_codes_count_and_holds_the_anchor(model, n):
-    u = torch.rand(1, n, generator=torch.Generator().manual_seed(n))
-    given = torch.zeros(1, n, dtype=torch.bool)
-    ids = torch.full((1, n), 5)
-    ctx = model.context(ids)
-    for k in range(n + 1):
-        anchor = bb.smallest(u, torch.tensor([k]))
-        (_, noisier), (_, same) = memdlm.nested_states(model, ids, anchor, u, given, ctx, MEM)
-        assert torch.equal(same, anchor)
-        assert int(noisier.sum()) == min(n, 3 * k // 2)
-        assert (noisier | ~anchor).all()
-
-
-def recorded_masks(model, ids, inner, monkeypatch):
-    """The positions that each inner step on a prompt has for targets."""
-    masks = []
-    step = memdlm.inner_step
-
-    def spy(backbone, phi, h, ctx, x0, masked, *rest):
-        masks.append(masked)
-        return step(backbone, phi, h, ctx, x0, masked, *rest)
-    monkeypatch.setattr(memdlm, "inner_step", spy)
-    memdlm.at_inference(inner)(model, ids, torch.ones_like(ids, dtype=torch.bool), inner)
-    return masks
-
-
-def test_complementary_masks_cover_every_token_once_and_leave_its_neighbours_in_view(
-        model, monkeypatch):
-    whole = dataclasses.replace(CLOSED, chunk=0)
-    masks = torch.stack(recorded_masks(model, torch.randint(3, 40, (2, 21)), whole, monkeypatch))
-    assert (masks.sum(0) == 1).all()
-    for distance in (1, 2, 3):
-        assert not (masks[..., distance:] & masks[..., :-distance]).any()
-
-
-def test_a_prompt_is_written_from_the_noisier_of_two_nested_states_to_the_anchor(
-        model, monkeypatch):
-    noisier, anchor = recorded_masks(model, torch.randint(3, 40, (2, 20)), MEM, monkeypatch)
-    assert anchor.sum(1).tolist() == [4, 4]                 # a fifth
-    assert noisier.sum(1).tolist() == [6, 6]                # s_pre times as many
-    assert (noisier | ~anchor).all()
-
-
-@pytest.mark.parametrize("inner", [dataclasses.replace(MEM, prompt_ratio=1.0),
-                                   dataclasses.replace(CLOSED, chunk=0)])
-def test_a_mask_token_in_a_prompt_is_never_a_target(model, inner, monkeypatch):
-    ids = torch.randint(3, 40, (2, 21))
-    ids[:, ::4] = model.cfg.mask_id
-    masks = recorded_masks(model, ids, inner, monkeypatch)
-    assert masks and not any(m[:, ::4].any() for m in masks)
-
-
-@pytest.mark.parametrize("length", [3, 12])
-def test_the_closed_book_sums_over_tokens_so_a_fact_is_as_strong_in_a_longer_text(model, length):
-    """One mask over all tokens is one step: phi = phi_0 - eta * gradient of the summed CE."""
-    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
-    ids = torch.randint(3, 40, (1, length))
-    every = torch.ones_like(ids, dtype=torch.bool)
-    phi = memdlm.init_phi(model, memdlm.row_seeds(ids, every, 0), inner)
-    for w in phi.values():
-        w.B.requires_grad_()
-    logits = model(torch.full_like(ids, model.cfg.mask_id), phi=phi)
-    F.cross_entropy(logits[0], ids[0], reduction="sum").backward()
-    for name, w in memdlm.write_text(model, ids, every, inner).items():
-        torch.testing.assert_close(w.B, -inner.inner_lr * phi[name].B.grad, atol=1e-5, rtol=1e-3)
-
 
 def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded_batch(
         model, batch):
@@ -2029,82 +1853,12 @@ def test_two_prompts_have_two_random_starts_and_one_prompt_always_the_same(model
         assert torch.equal(w.A[0], again[name].A[1])
 
 
-def test_the_leaky_arm_is_the_inner_loop_of_training(model, batch):
-    phi, _, ctx, masked = memdlm.adapt_to_response(
-        model, batch.x0, batch.given, batch.attend, batch.t, batch.u, MEM, 7)
-    xt = batch.x0.masked_fill(masked, 1)
-    loss = masked_loss(model(xt, batch.attend, masked, phi), batch.x0, masked, torch.ones(4), 24)
-    trained = memdlm.loss_memdlm(model, batch.x0, batch.given, batch.attend, batch.t, batch.u,
-                                 torch.ones(4), 24, MEM, 7)
-    torch.testing.assert_close(loss, trained)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. metastate.py
-
-SMALL_META = dict(num_slots=4, slot_dim=16, slot_heads=2, cond_dim=16)
-
-
-@pytest.fixture
-def meta(model):
-    torch.manual_seed(0)
-    return metastate.build(model.cfg, MetaStateConfig(**SMALL_META))
-
-
-def trained_meta(model, **options):
-    """Random weights everywhere, so that the zero-initialised parts act."""
-    torch.manual_seed(0)
-    meta = metastate.build(model.cfg, MetaStateConfig(**{**SMALL_META, **options}))
-    for p in meta.parameters():
-        p.data.normal_(0, 0.3)
-    return meta
-
-
-def two_steps(model, meta, batch):
-    """Logits (N, V) of two denoising steps over one canvas, the answer fully masked."""
-    at = ~batch.given
-    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
-    ctx = model.context(xt, batch.attend)
-    first, slots, _ = meta.step(model, ctx, xt, torch.ones(4), None, at, 8)
-    second, _, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
-    return first, second
-
 
 def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, meta, batch):
     at = ~batch.given
     plain = model(batch.x0.masked_fill(at, model.cfg.mask_id), batch.attend, at)
     assert all(torch.equal(logits, plain) for logits in two_steps(model, meta, batch))
 
-
-def test_updater_equals_torch_grucell(meta):
-    read = torch.randn(5, 16)                                                       # (M, S)
-    slots = torch.randn(5, 16)
-    ours = meta.updater
-    cell = torch.nn.GRUCell(16, 16)
-    cell.load_state_dict({"weight_ih": ours.x.weight, "bias_ih": ours.x.bias,
-                          "weight_hh": ours.s.weight, "bias_hh": ours.s.bias})
-    torch.testing.assert_close(ours.cell(read, slots), cell(read, slots))
-
-
-def test_the_attention_of_slots_equals_torchs(batch):
-    q, k, v = torch.randn(4, 3, 16), torch.randn(4, 14, 16), torch.randn(4, 14, 16)
-    heads = [x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*heads, attn_mask=batch.attend[:, None, None])
-    ours, weights = metastate.attention(q, k, v, 2, batch.attend)
-    torch.testing.assert_close(ours, expected.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2, 3))
-
-
-def test_the_time_reaches_the_logits_of_a_trained_metastate_and_no_norm_of_an_untrained_one(
-        model, batch):
-    meta = trained_meta(model)
-    ctx = model.context(batch.x0)
-    late, early = (meta.step(model, ctx, batch.x0, torch.full((4,), t), None, ~batch.given, 8)[0]
-                   for t in (0.5, 1.0))
-    assert not torch.allclose(late, early, atol=1e-3)
-    x = torch.randn(4, 3, 16)
-    torch.testing.assert_close(metastate.AdaRMSNorm(16, 8)(x, torch.randn(4, 8)),
-                               torch.nn.RMSNorm(16, eps=1e-5)(x))
 
 
 @pytest.mark.parametrize("memory, persists", [
@@ -2113,43 +1867,6 @@ def test_memory_reaches_the_next_steps_logits_and_reset_cuts_it(model, batch, me
     first, second = two_steps(model, trained_meta(model, memory=memory), batch)
     assert torch.equal(first, second) != persists
 
-
-def test_the_next_steps_gradient_reaches_the_updater(model, batch):
-    meta = trained_meta(model)
-    two_steps(model, meta, batch)[1].sum().backward()
-    assert meta.updater.x.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("memory, reaches_s0", [("slots", True), ("detached", False)])
-def test_only_training_through_time_reaches_what_was_written_two_steps_ago(
-        model, batch, memory, reaches_s0):
-    """s_0 is injected at the first step; a loss at the third feels it through two writes."""
-    meta = trained_meta(model, memory=memory)
-    at = ~batch.given
-    xt = batch.x0.masked_fill(at, model.cfg.mask_id)
-    ctx = model.context(xt, batch.attend)
-    slots = None
-    for _ in range(3):
-        logits, slots, _ = meta.step(model, ctx, xt, torch.ones(4), slots, at, 8)
-    logits.sum().backward()
-    assert (meta.s0.grad is not None) == reaches_s0
-
-
-# six tokens in each row, shared out to three steps
-REVEALS = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
-
-
-@pytest.fixture
-def unrolled(model, batch):
-    """A MetaState and its loss over three steps, backpropagated."""
-    meta = trained_meta(model)
-    metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, REVEALS,
-                            4).backward()
-    return meta
-
-
-def test_every_module_of_metastate_gets_a_gradient(unrolled):
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
 
 
 def test_the_wiped_arm_is_the_trained_metastate_started_from_s_0_at_every_step(model, batch):
@@ -2174,78 +1891,6 @@ def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
         assert torch.equal(p, untouched[name])
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.9])
-@pytest.mark.parametrize("K", [1, 2, 5])
-def test_the_reveals_of_a_row_add_up_to_all_of_its_tokens(progress, K):
-    n = torch.tensor([6, 1, 40])
-    reveals = metastate.draw_reveals(n, MetaStateConfig(unroll=K), progress, seed=3)
-    assert reveals.shape == (3, K)
-    assert torch.equal(reveals.sum(1), n)
-
-
-def test_a_real_backbone_trains_on_dirichlet_multinomial_reveals_from_the_start():
-    settings = metastate.for_backbone(bb.config_from_json(REAL["llada"]))
-    reveals = metastate.draw_reveals(torch.full((2000,), 100), settings, 0.0, seed=0).float()
-    assert reveals.shape[1] == 4
-    assert (reveals.mean(0) - 25).abs().max() < 1.5
-    # uniform over all ways to share out: the variance of a Beta(1, 3), times n (n + 4)
-    assert (reveals.var(0) / (3 / 80 * 100 * 104) - 1).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("progress, steps", [(0.0, {1}), (0.15, {1, 2}), (0.39, {1, 2, 3, 4})])
-def test_training_starts_with_ever_more_passes_over_an_unchanged_canvas(progress, steps):
-    drawn = [metastate.draw_reveals(torch.tensor([6] * 4), MetaStateConfig(), progress, seed)
-             for seed in range(50)]
-    # one step, the same in every row, reveals all
-    assert all((r == 6).sum() == 4 for r in drawn)
-    assert {k for r in drawn for k in r.argmax(1).tolist()} == steps
-
-
-def test_the_curriculum_of_metastate_begins_with_rows_that_need_memory(here, monkeypatch):
-    seen = []
-    monkeypatch.setattr(niah, "make_samples", lambda tasks, *args, real=niah.make_samples:
-                        seen.append(set(tasks)) or real(tasks, *args))
-    run_train(*SLOTS, "--steps", 5, "--unroll", 2, "--curriculum", 0.4, "--out", "run",
-              "--tasks", "resolve", "single", "--eval_every", 99)
-    # the tiny backbone's pretraining draws from all tasks
-    seen = [tasks for tasks in seen if len(tasks) < 3]
-    assert seen[:5] == [{"resolve"}, {"resolve"}] + [{"resolve", "single"}] * 3
-
-
-def test_slots_that_are_read_before_they_are_injected_are_refused():
-    with pytest.raises(ValueError, match="read before they are first injected"):
-        MetaStateConfig(inject_layers=(2,), read_layer=0).check(3)
-    MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
-
-
-@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
-def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch, balance):
-    """L = sum over k of w_k [lambda dense_k + (1 - lambda) reveal_k], w_k = n_k / N_m."""
-    meta = trained_meta(model, balance=balance)
-    whole = metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u,
-                                    REVEALS, 4)
-    total = 0.0
-    for b in range(4):
-        pads = int((~batch.attend[b]).sum())
-        x = batch.x0[b:b + 1, pads:]
-        hidden = (~batch.given[b, pads:]).nonzero()[:, 0]
-        hidden = hidden[batch.u[b, pads:][hidden].argsort()].tolist()      # in order of reveal
-        slots = None
-        for n_k in REVEALS[b].tolist():
-            xt = x.clone()
-            xt[0, hidden] = 1
-            masked = xt == 1
-            logits, slots, _ = meta.step(model, model.context(xt), xt, masked.sum(1) / 6, slots,
-                                         masked, 8 - pads)
-            if n_k:
-                ce = dict(zip(masked[0].nonzero()[:, 0].tolist(),
-                              F.cross_entropy(logits, x[masked], reduction="none")))
-                dense = sum(ce.values()) / len(ce)
-                reveal = sum(ce[i] for i in hidden[:n_k]) / n_k
-                total += n_k / 6 * (balance * dense + (1 - balance) * reveal) / 4
-            hidden = hidden[n_k:]
-    torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
-
 
 @pytest.mark.parametrize("options", [
     dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg_scale=0.5)])
@@ -2268,28 +1913,6 @@ def test_slots_have_the_same_shape_at_any_length(model, meta, length):
     _, slots, _ = meta.step(model, ctx, xt, torch.ones(2), None, xt > 20, length - 5)
     assert slots.shape == (2, 4, 16)
 
-
-def size(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(family):
-    """At the real sizes. FLOPs per token at L = 1,024: 2 per weight a token passes through; the
-    slots' own matrices work on M tokens instead of L."""
-    cfg = bb.config_from_json(REAL[family])
-    meta_cfg = metastate.for_backbone(cfg)
-    with torch.device("meta"):
-        meta = metastate.build(cfg, meta_cfg)
-        backbone = Backbone(cfg)
-    assert 0.005 < size(meta) / size(backbone) < 0.007
-    per_token = meta.mixer.k.weight.numel() + meta.mixer.v.weight.numel()
-    per_token += sum(i.q.weight.numel() + i.o.weight.numel() for i in meta.injectors)
-    # The Mixer and the Injectors, each q k and weights v.
-    scores = (1 + len(meta.injectors)) * 2 * meta_cfg.num_slots * meta_cfg.slot_dim
-    own = size(meta) * meta_cfg.num_slots / 1024
-    without_embedding = size(backbone) - cfg.vocab_size * cfg.d_model
-    assert (per_token + scores + own) / without_embedding < 0.05
 
 
 @pytest.fixture
@@ -2329,28 +1952,77 @@ def test_the_wiped_arm_has_the_trained_weights_and_both_has_fast_weights_too(
         assert not torch.allclose(logits[arm], logits["metastate"], atol=1e-4)
 
 
-def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
-    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
-    with pytest.raises(ValueError, match="another backbone"):
-        metastate.load(tmp_path / "meta", "cpu")
+
+class LargestLogits(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most rows of a tensor whose last dimension is the vocabulary."""
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (1999,):
+                self.rows = max(self.rows, x.numel() // 1999)
+        return out
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(slot_heads=3), "multiple of slot_heads"),
-    (dict(inject_layers=(4,)), "layers 0..2"),
-    (dict(read_layer=5), "layers 0..2"),
-    (dict(inject_layers=()), "layers 0..2"),
-    (dict(num_slots=0), "num_slots must be at least 1"),
-    (dict(slot_heads=0), "slot_heads must be at least 1"),
-    (dict(slot_heads=-2), "slot_heads must be at least 1"),
-    (dict(memory="x"), "memory must be one of")])
-def test_impossible_metastate_settings_are_refused(bad, message):
-    with pytest.raises(ValueError, match=message):
-        MetaStateConfig(**bad).check(3)
+def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
+    """Writing a prompt masks 0.2, then 0.3 of it; decoding looks at the answer alone."""
+    model = random_backbone(vocab_size=1999, conv_width=0)
+    prompt = torch.randint(3, 1999, (1, 1000))
+    with LargestLogits() as largest:
+        memdlm.adapt_to_prompt(model, prompt, torch.ones_like(prompt).bool(), MEM)
+    assert largest.rows == 300
+    with LargestLogits() as largest:
+        sample.generate(model, prompt, gen_length=40, steps=1, memory=memdlm.prompt_memory(MEM))
+    assert largest.rows == 300
+    with LargestLogits() as largest:
+        sample.generate(model, prompt, gen_length=40, steps=1)
+    assert largest.rows == 40
+
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. niah.py
+# 5. Tasks and scores: RULER, BABILong, the closed book.
+
+def new_checkpoint():
+    """An untrained tiny checkpoint in the working directory, as a command line names it."""
+    bb.save_backbone(load_backbone("tiny", "cpu"), "new", niah.tiny_tokenizer())
+    return "--checkpoint", "new"
+
+
+
+@pytest.mark.parametrize("text, question", [
+    ("river = 47 . ? river =", "? river ="),
+    ("where ? river = 47 . ? river =", "? river ="),
+    ("river = 47 . ? stone\nriver =", "river ="),
+    ("  river = 47 .\n? river =\n", "? river =")])
+def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
+        text, question):
+    tokenizer = niah.tiny_tokenizer()
+    model = load_backbone("tiny", "cpu")
+    longer = "stone = 12 . the sky is blue . ? stone ="
+    questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
+    assert questions == ["? stone =", question]
+    assert list(arms) == ["none", "written"]
+    written = text.strip().removesuffix(question).strip()
+    ids = torch.tensor([bb.encode(tokenizer, written)])
+    every = torch.ones_like(ids, dtype=torch.bool)
+    expected = memdlm.adapt_to_prompt(model, ids, every, MemDLMConfig())
+    _, phi = arms["written"](model, ids, None, 0)
+    for name, w in expected.items():
+        torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
+
+
+
+def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
+    assert len(re.findall(r"^ +written: ", said, flags=re.M)) == 2
+    assert "of 2 answers" in said
+
+
 
 def pairs_in(text):
     """Every "left = right ." of a text, in order."""
@@ -2506,14 +2178,6 @@ def test_a_story_counts_only_if_the_place_is_the_only_one_named():
         assert niah.scored(s, ids, tokenizer, config)["recall"] == value
 
 
-RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
-          "length": 20, "answer_prefix": " =", "index": 7},
-         {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
-BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "target": "kitchen"}]
-LIST = [{"input": "list of words", "outputs": ["mary", "john"]}]
-HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
-GIFTS = {"input": "", "question": "what?", "target": "apple,milk"}
-
 
 def write_prompts(lines):
     """prompts.jsonl, and a checkpoint in `saved`."""
@@ -2532,67 +2196,11 @@ def rows_in(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("file, line, output, found, exact", [
-    ("niah_single_1.jsonl", RULER[0], "it is 47", 0.5, 0.0),
-    ("niah_single_1.jsonl", RULER[0], "30 and 47", 1.0, 0.0),
-    ("niah_single_1.jsonl", RULER[0], "47 30", 1.0, 1.0),
-    ("vt/validation.jsonl", LIST[0], "MARY", 0.5, 0.0),
-    ("qa_1/validation.jsonl", LIST[0], "MARY", 1.0, 0.0),
-    ("qa1_4k.jsonl", BABILONG[0], "In the Kitchen. Or the office.", 1.0, 1.0),
-    ("qa1.jsonl", BABILONG[0], "kitchen or office", 1.0, 0.0),
-    ("qa1.jsonl", HEDGE, "From the kitchen to the hallway", 1.0, 1.0),
-    ("qa1.jsonl", HEDGE, "I do not know. The hallway", 1.0, 0.0),
-    ("qa2/4k.jsonl", BABILONG[0], "office", 0.0, 0.0),
-    ("qa8.jsonl", GIFTS, "milk and apple", 0.0, 1.0)], ids=itertools.count())
-def test_a_benchmarks_line_is_scored_by_its_own_rules(here, monkeypatch, file, line, output, found,
-                                                      exact):
-    monkeypatch.setattr(niah, "encode_prompt", lambda *a: [3])
-    _, [s], _ = niah.read_benchmark(write_lines(file, [line]), random_backbone(), None)
-    assert s.score(output) == (found, exact)
-
-
-def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long_is_counted(
-        here, capsys):
-    small_folder(here / "moe", "llada_moe", max_position_embeddings=52)
-    ruler = write_lines("vt/validation.jsonl",
-                        [RULER[0], {"input": "river " * 23, "outputs": ["47"]}, *RULER])
-    files = [ruler, write_lines("qa1_4k.jsonl", BABILONG)]
-    argv = ["--checkpoint", "moe", "--device", "cpu", "--data", *files]
-    assert main_of(niah, argv) == 0
-    said = capsys.readouterr().out
-    assert "left out 1 of 4 samples longer than the model's limit of 52 tokens, 30 of" in said
-    # one batch for each file and arm; two inner steps to write each of the files' batches
-    assert f"at most {2 * (30 + 16)} forward passes and 4 inner steps" in said
-    rows = rows_in("moe/benchmark.jsonl")
-    assert [(r["task"], r["arm"], r["length"], r["steps"]) for r in rows] == [
-        *[("vt", "off", 20, 30)] * 3, *[("vt", "on", 20, 30)] * 3,
-        ("qa1", "off", 7, 16), ("qa1", "on", 7, 16)]
-    # what one arm says of the first line is what the model says after text and prefix
-    first, last = rows[0], rows[-1]
-    assert (first["prompt"], first["index"], first["refs"]) == (RULER[0]["input"], 7, ["47", "30"])
-    backbone, tokenizer, _ = sample.load_arms("moe", "cpu")
-    prompt = torch.tensor([tokenizer.encode(RULER[0]["input"] + " =")])
-    ids = sample.generate(backbone, prompt, gen_length=30)[0]
-    assert first["output"] == tokenizer.decode(sample.cut(ids, backbone.cfg))
-    assert last["prompt"] == "mary moved kitchen .\n? where mary"
-    assert last["recall"] == float("kitchen" in last["output"])
-
-
-@pytest.mark.parametrize("line, message", [
-    ([], "expected RULER"), ({"input": "river", "outputs": "47"}, "expected RULER"),
-    ({"input": "river", "outputs": [""]}, "expected RULER"), ({"input": None}, "expected RULER"),
-    ({"input": "river", "target": "kitchen"}, "expected RULER"),
-    ({**BABILONG[0], "target": "moon"}, "no answer of"),
-    ({"input": "unheard-of", "outputs": ["47"]}, "words outside the closed vocabulary")])
-def test_a_wrong_line_of_a_benchmark_is_named_with_file_and_line(here, line, message):
-    file = write_lines("qa1.jsonl", [RULER[0], line])
-    with pytest.raises(ValueError, match=f"qa1.jsonl, line 2: .*{message}"):
-        niah.read_benchmark(file, load_backbone("tiny", "cpu"), niah.tiny_tokenizer())
-
 
 PROMPTS = [{"prompt": "river = 47 . ? river =", "task_id": "HumanEval/0"},
            {"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}]},
            {"prompt": "? river ="}]
+
 DECODE = ["--checkpoint", "saved", "--device", "cpu", "--data", "prompts.jsonl", "--batch_size",
           "2", "--temperature", "1"]
 
@@ -2620,17 +2228,6 @@ def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_wh
     assert "holds other answers" in capsys.readouterr().err
     assert Path("whole.jsonl").read_bytes() == whole
 
-
-@pytest.mark.parametrize("line, message", [
-    ([], "expected"), ({"prompt": 1}, "expected"), ({"messages": [{"role": "user"}]}, "expected"),
-    ({"prompt": "river", "answer": "47"}, "no \"arm\", \"answer\""),
-    ({"prompt": "unheard-of"}, "outside the closed"), ({"prompt": "river " * 9000}, "limit of")])
-def test_a_wrong_line_of_prompts_is_named_before_anything_is_decoded(here, capsys, line, message):
-    write_prompts([PROMPTS[0], line])
-    assert main_of(sample, [*DECODE, "--out", "rows.jsonl"]) == 2
-    said = capsys.readouterr().err
-    assert "prompts.jsonl, line 2: " in said and message in said
-    assert not Path("rows.jsonl").exists()
 
 
 TWO_RANKS = """
@@ -2673,72 +2270,6 @@ def test_two_processes_write_the_rows_of_one_and_a_dead_one_ends_the_run(here, c
     assert ended.returncode and "error: the power is gone" in ended.stderr
     assert rows_in("dead.jsonl") == rows_in("one.jsonl")[:6]
 
-
-class LargestLogits(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most rows of a tensor whose last dimension is the vocabulary."""
-    rows = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.shape[-1:] == (1999,):
-                self.rows = max(self.rows, x.numel() // 1999)
-        return out
-
-
-def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
-    """Writing a prompt masks 0.2, then 0.3 of it; decoding looks at the answer alone."""
-    model = random_backbone(vocab_size=1999, conv_width=0)
-    prompt = torch.randint(3, 1999, (1, 1000))
-    with LargestLogits() as largest:
-        memdlm.adapt_to_prompt(model, prompt, torch.ones_like(prompt).bool(), MEM)
-    assert largest.rows == 300
-    with LargestLogits() as largest:
-        sample.generate(model, prompt, gen_length=40, steps=1, memory=memdlm.prompt_memory(MEM))
-    assert largest.rows == 300
-    with LargestLogits() as largest:
-        sample.generate(model, prompt, gen_length=40, steps=1)
-    assert largest.rows == 40
-
-
-def test_writing_8192_tokens_into_llada_moe_is_estimated_to_fit_a_card_of_80_gb():
-    moe = bb.config_from_json(REAL["llada_moe"])
-    parts = sample.estimate(moe, "adapt", 1, 8192, 0)
-    assert parts["weights"] == 2 * 7_356_880_896 and parts["trained, gradient, Adam"] == 0
-    # logits at 0.3 of the tokens; the fast weights of 2 layers, 64 experts, 3 matrices of rank 32
-    assert parts["logits"] == 2457 * 157184 * 10
-    assert parts["fast weights"] == 16 * 2 * 64 * 3 * 32 * (2048 + 1024)
-    assert sum(parts.values()) < 30e9
-def counting(memory, calls):
-    def counted(*inputs):
-        calls.append(inputs)
-        return memory(*inputs)
-    return counted
-
-
-def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, capsys, monkeypatch):
-    calls = []
-    monkeypatch.setattr(sample, "generate", None)
-    load_arms = niah.load_arms
-
-    def watched(*inputs):
-        backbone, tokenizer, arms = load_arms(*inputs)
-        backbone.cfg.max_len = 100
-        return backbone, tokenizer, {arm: counting(memory, calls) for arm, memory in arms.items()}
-    monkeypatch.setattr(niah, "load_arms", watched)
-    common = [*new_checkpoint(), "--n", "2", "--device", "cpu"]
-    for argv, message in ((["--out", "none/rows.jsonl"], "--out none/rows.jsonl cannot be written"),
-                          (["--out", "."], "--out . cannot be written"),
-                          (["--lengths", "64", "95"], "--lengths 95"),
-                          (["--lengths", "64", "--gen_length", "45"], "limit of 100")):
-        assert main_of(niah, common + argv) == 2
-        assert message in capsys.readouterr().err
-    # a text that fits alone but not with the introduction of a real model
-    monkeypatch.setattr(niah, "encode_prompt", lambda tokenizer, config, text: [1] * 97)
-    assert main_of(niah, common + ["--lengths", "64"]) == 2
-    assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
-    assert not calls and {f.name for f in Path().iterdir()} == {"new"}
-    assert not Path("new/niah.jsonl").exists()
 
 
 def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
@@ -2877,23 +2408,110 @@ def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsy
     assert "facts alone" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. train.py
 
-SMALL = ["--n_eval", "0", "--batch_size", "4", "--length", "32", "--lr", "1e-3",
-         "--device", "cpu"]
-MDLM = ["--method", "mdlm", *SMALL]
+def in_two_processes(script, *argv, check=True):
+    """A script under torchrun, two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               script, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([*map(str, command)], check=check, capture_output=True, timeout=300,
+                          env=environment, text=True)
+
+
+
+@torch.no_grad()
+def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
+    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
+    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
+
+    sequential: still masked after denoising down to this ratio with its own, surest tokens.
+    static: equally many random positions masked, the rest ground truth; the paper's ratio is
+        sequential / static.
+    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
+    (ours). All three start from the memory that the sequential run has left. The response must
+    stand at the end of every row."""
+    mask_id = backbone.cfg.mask_id
+    n = (~given).sum(1)                                                                 # (B,)
+    xt = x0.masked_fill(~given, mask_id)
+    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
+    u = u.to(x0.device).masked_fill(given, 2.0)
+    predict, state = memory(backbone, xt, attend, bb.answer_start(given))
+    rows = []
+
+    def measure(xt, masked):
+        logits, new_state = predict(xt, masked.sum(1) / n, state, masked)
+        return F.cross_entropy(logits.float(), x0[masked]).item(), logits, new_state
+    for step in range(steps):
+        masked = (xt == mask_id) & ~given
+        at_random = bb.smallest(u, masked.sum(1))
+        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
+        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
+        sequential, logits, state = measure(xt, masked)
+        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
+                         clean=clean, published_ratio=sequential / static,
+                         clean_ratio=sequential / clean))
+        p, token = logits.float().softmax(-1).max(-1)
+        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
+        masks_left = (n * (1 - (step + 1) / steps)).round()
+        reveal = bb.smallest(unsure, masked.sum(1) - masks_left)
+        xt = torch.where(reveal, torch.zeros_like(xt).masked_scatter(masked, token), xt)
+    return rows
+
+
+def with_answers(backbone, tokenizer, samples, prompts, gen_length):
+    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
+    the place where the answers start."""
+    ids, attend = sample.left_pad(prompts, backbone.cfg.pad_id, backbone.device)
+    answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
+    for row, s in zip(answers, samples):
+        answer = bb.encode(tokenizer, s.answer)[:gen_length]
+        row[:len(answer)] = torch.tensor(answer)
+    attend = torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], dim=1)
+    return torch.cat([ids, answers], dim=1), attend, ids.shape[1]
+
+
+def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None):
+    """A table: exposure bias per step for every arm, all tasks mixed."""
+    gen_length = gen_length or niah.answer_budget(tokenizer)
+    encoded = niah.encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
+    x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
+    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
+    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
+    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
+    for arm, memory in arms.items():
+        for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
+            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
+    return "\n".join(lines)
+
+
+
+def blind(backbone, xt, attend, start):
+    """A predictor that ignores its context: every token is equally likely."""
+    def predict(xt, t, state, at):
+        return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
+    return predict, None
+
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Training: resume, accumulation, processes, defaults.
+
+def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
+    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
+    with pytest.raises(ValueError, match="another backbone"):
+        metastate.load(tmp_path / "meta", "cpu")
+
+
+
 RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
+
 CLOSED_BOOK = ["--method", "memdlm", *SMALL, "--batch_size", "8", "--rank", "4"]
-SLOTS = ["--method", "metastate", *SMALL]
+
+
+
 EVERY_METHOD = pytest.mark.parametrize(
     "method", [MDLM, RESPONSE, CLOSED_BOOK, SLOTS], ids=["mdlm", "memdlm", "closed", "metastate"])
 
-
-def run_train(*argv):
-    """train.py's main() in this process."""
-    sys.argv = ["train.py", *map(str, argv)]
-    train.main()
 
 
 @pytest.mark.parametrize("flags, loss, arm", [
@@ -2907,18 +2525,6 @@ def test_a_run_says_first_which_loss_it_trains_and_last_what_each_arm_is(here, c
     said = capsys.readouterr().out
     assert said.startswith(f"trains {loss}") and f"\n  {arm}" in said
 
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
-    the held-out loss is that of few texts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
-    monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
-    # held-out loss: 16 texts
-    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
-    return tmp_path
 
 
 @contextlib.contextmanager
@@ -2934,15 +2540,6 @@ def killed_at(fatal_step):
         patch.setattr(train.Run, "batch", killed)
         yield
 
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def log_of(folder):
-    return [json.loads(row) for row in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 def contents(folder, but=()):
@@ -3009,11 +2606,6 @@ def test_the_outer_gradient_is_clipped_to_norm_1(here, method, monkeypatch):
     assert norms
 
 
-def test_with_lora_nothing_but_the_adapter_is_trained(here):
-    run_train(*MDLM, "--steps", 1, "--lora", 2, "--out", "run")
-    trained = train.read_state("run/resume.pt")["trained"]
-    assert trained and all(2 in p.shape for p in trained)
-
 
 def recorded_run(monkeypatch, *argv):
     """Trains; returns the run and the batch of each of its steps."""
@@ -3056,14 +2648,6 @@ def test_the_closed_book_is_hidden_from_the_canvas_and_exact_in_its_last_steps(h
     assert all(b.text.any() and not (b.text & b.attend).any() for b in batches)
 
 
-def in_two_processes(script, *argv, check=True):
-    """A script under torchrun, two processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               script, *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.run([*map(str, command)], check=check, capture_output=True, timeout=300,
-                          env=environment, text=True)
-
 
 def write_data(file, n):
     """n multikey samples as a JSONL file."""
@@ -3097,37 +2681,6 @@ def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batc
         torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
 
 
-GOOD_LINE = '{"prompt": "river = 47 . ? river =", "response": "47"}'
-GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, '
-             '{"role": "assistant", "content": "12"}]}')
-
-
-def read_jsonl(file, max_len=64):
-    return train.read_jsonl(file, niah.tiny_tokenizer(), BackboneConfig(), max_len)
-
-
-def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
-    Path("good.jsonl").write_text("\n".join([GOOD_LINE, GOOD_CHAT] * 4))
-    assert len(read_jsonl("good.jsonl")) == 8
-    run_train(*MDLM, "--data", "good.jsonl", "--steps", 1)
-    assert len(log_of("runs/mdlm")) == 1
-
-
-@pytest.mark.parametrize("bad, message", [
-    ('{"prompt": "river', "not valid JSON"),
-    ('["river"]', "expected {"),
-    ('{"prompt": "river"}', "expected {"),
-    ('{"prompt": "river", "response": " "}', "response is empty"),
-    ('{"prompt": "", "response": "47"}', "prompt is empty"),
-    ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"),
-    ('{"messages": []}', "at least two"),
-    ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}',
-     "last message is the assistant's")])
-def test_a_bad_line_of_data_is_named_with_file_and_number(here, bad, message):
-    Path("bad.jsonl").write_text(f"{GOOD_LINE}\n{bad}")
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
-        read_jsonl("bad.jsonl")
-
 
 def test_a_byte_order_mark_empty_lines_and_nulls_change_nothing(here):
     null = GOOD_LINE.replace("}", ', "messages": null, "context": null}')
@@ -3136,15 +2689,6 @@ def test_a_byte_order_mark_empty_lines_and_nulls_change_nothing(here):
     Path("good.jsonl").write_text(f"{GOOD_LINE}\n{GOOD_CHAT}")
     assert read_jsonl("odd.jsonl") == read_jsonl("good.jsonl")
 
-
-@pytest.mark.parametrize("data, kind", [
-    (f"\ufeff[\n{GOOD_LINE}]".encode(), "json, an array"), (b"\x1f\x8b\x08\0", "json, gzip"),
-    (b"PAR1\x15\x04", "parquet")])
-def test_another_format_is_named_with_the_line_that_converts_it(here, data, kind):
-    Path("data").write_bytes(data)
-    convert = f"load_dataset('{kind.split(',')[0]}', data_files='data', split='train').to_json("
-    with pytest.raises(ValueError, match=re.escape(kind) + ".*" + re.escape(convert)):
-        read_jsonl("data")
 
 
 def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_spelled(here):
@@ -3166,6 +2710,1113 @@ def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_sp
                       "--resume", *changed)
     run_train(*options, "--backbone", "moved", "--data", "./data.jsonl", "--out", "run", "--resume")
     assert len(log_of("run")) == 2
+
+
+
+def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        return tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
+    cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
+    train.plan(cfg, {}, {})
+    assert asked and not any("*.safetensors" in patterns for patterns in asked)
+
+
+
+def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(here, capsys):
+    options = [*MDLM, "--steps", 4, "--out", "run"]
+    with killed_at(2):
+        run_train(*options)
+    run_train(*options, "--resume")
+    assert "starts from the beginning" in capsys.readouterr().out
+    assert [row["step"] for row in log_of("run")] == [0, 1, 2, 3]
+
+
+def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
+    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2",
+              "--out", "run")
+    rows = log_of("run")
+    assert len({row["held_out_metastate"] for row in rows}) == 4
+    assert "held_out_off" not in rows[0]
+    run_train(*RESPONSE, "--steps", 1, "--out", "memdlm")
+    assert "held_out_off" in log_of("memdlm")[0]
+
+
+def test_metastates_memory_estimate_counts_every_unrolled_step():
+    llada = bb.config_from_json(REAL["llada"])
+    kept = [train.estimate(llada, "metastate", 1, 256, 0, meta_cfg=MetaStateConfig(unroll=K))
+            for K in (2, 4, 8)]
+    for part in ("activations", "logits"):
+        assert kept[2][part] == 2 * kept[1][part] == 4 * kept[0][part]
+
+
+def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
+    run_train("--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--epochs", 1,
+              "--device", "cpu", "--n_eval", 0, "--max_len", 64)
+    state = train.read_state("runs/memdlm/resume.pt")
+    wanted = dict(loss_weight="1/t", warmup=0.1, lora=32, lora_dropout=0.05, beta2=0.999,
+                  weight_decay=0.0, lr=2e-5, batch_size=2, full_share=0.0, rank=32, alpha=64.0,
+                  inner_lr=0.1, clip=1.0, inner_on="response")
+    assert {k: state["settings"][k] for k in wanted} == wanted
+    # one of 40 examples in ten is held out; two rows a step
+    assert state["step"] == (40 - 4) // 2
+    assert {g["betas"] for g in state["optimizer"]["param_groups"]} == {(0.9, 0.999)}
+    assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0}
+    adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
+
+
+def test_defaults_depend_on_the_backbone_and_on_the_data():
+    cfg = train.TrainConfig(data="data.jsonl")
+    assert train.fill_in(cfg, "llada", False) == "published"
+    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, None, 4096)
+    cfg = train.TrainConfig()
+    train.fill_in(cfg, "llada", False)
+    assert cfg.steps == 1000
+    cfg = train.TrainConfig(method="mdlm")
+    assert train.fill_in(cfg, "tiny", False) == "pretrain"
+    recipe = (cfg.loss_weight, cfg.warmup, cfg.beta2, cfg.weight_decay)
+    assert recipe == ("uniform", 0.03, 0.98, 0.01)
+    assert train.fill_in(train.TrainConfig(), "tiny", True) == "closed_book"
+
+
+def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here, monkeypatch):
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
+    options = ["--method", "mdlm", "--backbone", "base", "--data", "data.jsonl", "--max_len", 64,
+               "--steps", 4, "--lora", 4, "--lora_dropout", 0.5, "--save_every", 2, "--lr", "1e-2",
+               "--n_eval", 0, "--device", "cpu"]
+    modes = {"batch": set(), "held_out_loss": set()}
+
+    def watch(name):
+        function = getattr(train.Run, name)
+
+        def watched(self, *inputs):
+            modes[name].add(self.backbone.training)
+            return function(self, *inputs)
+        monkeypatch.setattr(train.Run, name, watched)
+    watch("batch")
+    watch("held_out_loss")
+    run_train(*options, "--out", "whole")
+    with killed_at(3):
+        run_train(*options, "--out", "parts")
+    run_train(*options, "--out", "parts", "--resume")
+    whole, parts = weights_of("whole"), weights_of("parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert modes == {"batch": {True}, "held_out_loss": {False}}
+
+
+
+def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda kind, timeout: calls.append(kind))
+    cfg = train.TrainConfig()
+    train.join_ranks(cfg)
+    assert calls == [1, "nccl"]
+    assert cfg.device == "cuda:1"
+    calls.clear()
+    cfg = train.TrainConfig(device="cpu")
+    train.join_ranks(cfg)
+    assert calls == ["gloo"]
+    assert cfg.device == "cpu"
+
+
+def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
+    import torch.distributed.fsdp
+    devices = []
+
+    def noted(layer, mesh, ignored_params):
+        devices.append(mesh.device_type)
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", noted)
+    train.dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=0, world_size=1)
+    try:
+        train.shard(random_backbone())
+    finally:
+        train.dist.destroy_process_group()
+    assert devices == ["cpu"] * 3
+
+
+BOOK = '{"context": "river = 47 . stone = 12 .", "prompt": "? river =", "response": "47"}'
+
+OTHER_BOOK = '{"context": "river = 33 .", "prompt": "? river =", "response": "33"}'
+
+
+def test_the_closed_book_needs_a_context_in_every_line_of_its_data(here):
+    Path("open.jsonl").write_text("\n".join([BOOK, GOOD_LINE]))
+    with pytest.raises(ValueError, match='open.jsonl, line 2: .*needs a "context"'):
+        run_train(*CLOSED_BOOK, "--data", "open.jsonl")
+    assert not Path("runs").exists()
+
+
+def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere(here):
+    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
+    whole = read_jsonl("book.jsonl")[0]
+    hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
+    assert whole.text == []
+    assert hidden.text + hidden.prompt == whole.prompt
+    assert len(hidden.prompt) == 3
+    assert hidden.response == whole.response
+    batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
+    assert batch.text.sum(1).tolist() == [8, 0]
+    assert torch.equal(batch.x0[0], batch.x0[1])
+
+
+
+def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(here):
+    run_train(*MDLM, "--steps", 1, "--out", "reader")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--out", "noise")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--out", "one")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "one", "--fraction", 1.0, "--out", "two")
+    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--lora", 2, "--out", "adapter")
+    found = {}
+    for run in ("reader", "noise", "one", "two", "adapter"):
+        model = load_backbone(run, "cpu")
+        found[run] = (model.cfg.conv_residual, [b.ffn_conv is not None for b in model.layers])
+    assert found == {"reader": (False, [False, False, False]),
+                     "noise": (True, [False, False, False]),
+                     "one": (False, [False, False, True]),
+                     "two": (False, [False, False, True]),
+                     "adapter": (False, [False, False, False])}
+
+
+def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monkeypatch):
+    """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
+    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
+    written = []
+    write = memdlm.write_text
+
+    def spy(backbone, ids, *rest, **more):
+        written.append(len(ids))
+        return write(backbone, ids, *rest, **more)
+    monkeypatch.setattr(memdlm, "write_text", spy)
+    options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0]
+    run_train(*options, "--steps", 2, "--plain_share", 0, "--out", "closed")
+    assert written == [8, 8]
+    assert len(log_of("closed")) == 2
+    run_train(*options, "--steps", 2, "--plain_share", 1, "--out", "plain")
+    assert written == [8, 8]
+    with pytest.raises(ValueError, match="--questions"):
+        run_train(*options, "--steps", 2, "--questions", 4, "--out", "shared")
+
+
+
+# name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
+ON_PRETRAINED = "--init runs/pretrained-seed{s}"
+
+ON_256 = "--init runs/pretrained-256-seed{s}"
+
+UP_TO_256 = "--length 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
+
+UNROLLED = f"--method metastate {ON_PRETRAINED}"
+
+# without slots: about as many seconds as MetaState's updates take, on the same tasks
+SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
+             + " ".join(train.DEFAULTS["metastate"]["tasks"]))
+
+# of MetaState on longer texts: tokens of the longest, over which the slots are spread; slots
+PLACES = (64, 32), (128, 32), (128, 64), (256, 32), (256, 64), (256, 128)
+
+# four answers of five are a coin's toss
+ON_RESOLVE = f"{ON_PRETRAINED} --tasks resolve --full_share 0 --lr 1e-3"
+
+RUNS = {
+    "pretrained": "--method mdlm",
+    "metastate": UNROLLED,
+    **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
+    "no-curriculum": f"{UNROLLED} --curriculum 0",
+    **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
+    **{f"unroll-{n}": f"{UNROLLED} --unroll {n}" for n in (1, 2, 4, 8)},
+    **{f"lambda-{n}": f"{UNROLLED} --balance {n}" for n in (0, 1)},
+    **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --length {length} "
+                                     f"--span {length} --num_slots {n}" for length, n in PLACES},
+    "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
+    "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
+    "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
+    "all-weights": f"{SAME_COST} --lr 1e-3",
+    "closed": "--method memdlm",
+    "pretrained-256": f"--method mdlm {ON_PRETRAINED} {UP_TO_256}",
+    # without the clip the inner loop of one seed blew up when texts reached 256 tokens
+    "reads": (f"--method memdlm {ON_256} --plain_share 0.3 --exact_from 0.5 --surprise 16 "
+              "--clip 10 --steps 2400"),
+    "reads-mdlm": f"--method mdlm {ON_256} --tasks facts {UP_TO_256}",
+    "first-order": "--method memdlm --exact_from 1",
+    # as many seconds as "closed" takes
+    "first-order-long": "--method memdlm --exact_from 1 --steps 3000",
+    **{f"rank-{n}": f"--method memdlm --rank {n} --alpha {2 * n}" for n in (4, 16, 64)},
+    "layers-2": "--method memdlm --fraction 0.5",
+    "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --length 1024 --lr 1e-3 "
+                  "--full_share 0 --steps 800"),
+    "published": f"--method memdlm --inner_on response {ON_PRETRAINED}",
+    "published-mdlm": f"--method mdlm {ON_PRETRAINED} --steps 400",
+    "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
+    "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
+
+
+
+def ensure(name, seed):
+    """The folder of a run, trained first if it is not there."""
+    folder = Path(f"runs/{name}-seed{seed}")
+    arguments = RUNS[name].format(s=seed).split()
+    for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
+        ensure(needed, seed)
+    if not folder.exists():
+        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
+    return folder
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, HERE / name, *arguments]
+    print("$ python", *command[1:], flush=True)
+    subprocess.run([str(x) for x in command], check=True)
+
+
+
+def log_rows(run, seed):
+    log = (ensure(run, seed) / "log.jsonl").read_text()
+    return [json.loads(line) for line in log.splitlines()]
+
+
+
+def losses(runs, seeds):
+    """The training loss of the last 50 steps, and the last held-out loss, memory off. Both per
+    masked token: the log divides the training loss by all tokens, of which half are masked."""
+    lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
+    for run, seed in itertools.product(runs, seeds):
+        rows = log_rows(run, seed)
+        last = [2 * row["loss"] for row in rows[-50:]]
+        held_out = rows[-1]["held_out_off"]
+        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
+    return "\n".join(lines)
+
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. What is shown: traces, pages, files and the README.
+
+class Hostile:
+    """A tokenizer every token of which clears the screen and ends a page's script."""
+    def decode(self, ids, skip_special_tokens=True):
+        return "\x1b[2J\x9b2J\x07\rx</script><b>&amp;" * len(ids)
+
+
+def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
+    """A viewer that has decoded the prompts."""
+    model = random_backbone()
+    viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
+    viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
+    return viewer
+
+
+def test_watching_and_answers_print_no_control_characters(capsys):
+    viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], watch=True)
+    said = capsys.readouterr().out
+    assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+
+
+
+class Page(HTMLParser):
+    """The tags of a page and the data in it."""
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == "script" and text.startswith("{"):
+            self.data = json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def plain_page():
+    """Two prompts, decoded by a model without memory -> what the page holds, and its viewer."""
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), prompts, gen_length=5)
+    return Page(sample.page("plain", [viewer])).data, viewer
+
+
+def test_a_page_holds_every_token_of_every_step(plain_page):
+    data, viewer = plain_page
+    assert len(data["rows"]) == 2 and len(viewer.frames) == 6
+    for row, shown in enumerate(data["rows"]):
+        frames = shown["arms"][0]["frames"]
+        assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
+        assert [f["kind"].count(0) for f in frames] == [5, 4, 3, 2, 1, 0]
+        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
+def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
+    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
+                          gen_length=6, **settings)
+    for before, after in zip(viewer.frames, viewer.frames[1:]):
+        canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
+        logits = viewer.backbone(torch.cat([viewer.prompt, canvas], 1))[:, 3:]
+        p = logits.softmax(-1).gather(-1, after.tokens[..., None])[..., 0]
+        now = after.kind == 2
+        assert now.any()
+        torch.testing.assert_close(after.sure[now], p[now])
+
+
+def test_no_token_and_no_prompt_can_put_markup_into_a_page():
+    viewer = viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], gen_length=3)
+    page = Page(sample.page("</script><img src=x>", [viewer]))
+    empty = Page(sample.PAGE.replace("DATA", "{}"))
+    assert page.tags == empty.tags
+    assert page.data["title"] == "</script><img src=x>"
+    assert page.data["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
+
+
+def test_a_page_needs_no_network():
+    assert not re.search(r"https?://|//\w|@import|url\(|<link|src=", sample.PAGE)
+
+
+def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
+    memory = memdlm.prompt_memory(MEM)
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
+    viewer = viewer_after(memory, niah.tiny_tokenizer(), prompts, gen_length=3)
+    shown = Page(sample.page("phi", [viewer])).data["rows"][1]["panels"][0]
+    model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
+    _, phi = memory(model, prompts[1][None], None, 2)
+    for i, canvas in enumerate([[mask, 9], [8, mask]]):
+        off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
+        expected = (on - off)[prompts[1][i]].item()
+        assert shown["values"][0][i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
+    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
+                          gen_length=3)
+    values = Page(sample.page("slots", [viewer])).data["rows"][0]["panels"][0]["values"]
+    assert values[0] is None and len(values) == 4
+    assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
+
+
+def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here, capsys):
+    argv = [*new_checkpoint(), "--device", "cpu", "--html", "page.html"]
+    assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
+    row = Page(Path("page.html").read_text()).data["rows"][0]
+    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
+    assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
+                                                           "? river =".split()]
+
+
+
+RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
+          "length": 20, "answer_prefix": " =", "index": 7},
+         {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
+
+
+
+FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
+         "test_all.py"]
+
+
+def readme_commands():
+    """Every indented `python ...` or `torchrun ...` line of the README, without its comment."""
+    text = (HERE / "README.md").read_text()
+    lines = re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text, flags=re.M)
+    commands = [re.sub(r"^torchrun \S+", "python", line.split("   #")[0].strip()) for line in lines]
+    return [c for c in commands if "pytest" not in c and "-m " not in c]
+
+
+def write_word_tokenizer(folder, words):
+    """A tokenizer that knows these words, split at white space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+REAL_NAMES = {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada",
+              "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}
+
+
+def write_small_checkpoints(folder, commands):
+    """Tiny checkpoints of the right layout that know every word they will be asked for."""
+    texts = [niah.INTRO, *commands]
+    words = [word for text in texts for word in [*text.split(), *re.findall(r"[\w?']+", text)]]
+    vocabulary = dict.fromkeys([*niah.vocabulary(), *words])
+    sizes = dict(vocab_size=len(vocabulary), embedding_size=len(vocabulary), mask_token_id=1,
+                 eos_token_id=2, max_position_embeddings=512, max_sequence_length=512)
+    for name, family in REAL_NAMES.items():
+        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
+        write_checkpoint(folder / name, family, **known)
+        write_word_tokenizer(folder / name, vocabulary)
+
+
+SHORT = {"test_all.py": [],
+         "train.py": ["--steps", "1", "--n_eval", "1", "--batch_size", "4",
+                      "--accumulate", "1", "--length", "32", "--max_len", "500",
+                      "--device", "cpu"],
+         "niah.py": ["--n", "2", "--device", "cpu"],
+         "sample.py": ["--device", "cpu"]}
+
+SMALL_SLOTS = ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"]
+
+
+def shortened(command):
+    """A command of the README -> its script and its arguments, at sizes that take a second."""
+    _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
+    if script == "train.py" and "--backbone" in argv and "--unroll" not in argv:
+        argv += SMALL_SLOTS
+    if script == "niah.py" and "--lengths" in argv:
+        start = stop = argv.index("--lengths") + 1
+        while stop < len(argv) and not argv[stop].startswith("--"):
+            stop += 1
+        argv[start:stop] = ["64"]
+    if script == "test_all.py" and argv[0] in ("--slots", "--exposure"):
+        argv += ["--n", "2"] + ["--passes", "2"] * (argv[0] == "--slots")
+    # The shell would have expanded file patterns.
+    files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
+    argv = [a for some in files for a in some]
+    return script, argv if "--explain" in argv else argv + SHORT[script]
+
+
+BY_THE_MINUTE = "--bench", "--tables", "--starter"
+
+
+def test_every_command_of_the_readme_runs(here):
+    """But for the measurements by hand that take minutes."""
+    commands = readme_commands()
+    assert len(commands) >= 10
+    write_data("train.jsonl", 12)
+    write_data("longalpaca.jsonl", 12)
+    write_data("gsm8k.jsonl", 2)
+    write_lines("4096/data/vt/validation.jsonl", RULER)
+    write_small_checkpoints(here / "Org", commands)
+    main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
+            "test_all.py": by_hand}
+    for command in commands:
+        script, argv = shortened(command)
+        if script == "test_all.py" and argv[0] in BY_THE_MINUTE:
+            continue
+        if script == "train.py":                # which never writes over an earlier run
+            shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
+        sys.argv = [script, *argv]
+        main[script]()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_the_five_packages_and_what_transformers_brings_are_imported(file):
+    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
+               "safetensors", "huggingface_hub", "tokenizers"}
+    allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
+    names = set()
+    for node in ast.walk(ast.parse((HERE / file).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.split(".")[0] for name in names} <= allowed
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_line_is_wider_than_100_columns(file):
+    lines = (HERE / file).read_text().splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_no_code_from_a_checkpoint_is_ever_run(file):
+    text = (HERE / file).read_text()
+    assert not re.search(r"trust_remote_code\s*=", text)
+    assert text.count("torch.load(") == text.count("weights_only=True")
+
+
+def equations_in(docstring):
+    """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
+    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
+    return re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
+
+
+def functions_in(module):
+    """{name: source} of all functions and methods; of those with one name, the first."""
+    text = inspect.getsource(module)
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, ast.get_source_segment(text, node))
+    return found
+
+
+@pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
+def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, number):
+    """As a number or a formula; an equation that is only named must have a function."""
+    functions = functions_in(module)
+    found = equations_in(module.__doc__)
+    assert len(found) >= number
+    for equation, function in found:
+        assert function in functions
+        if re.search(r"\d|=|\(", equation):
+            assert re.search(rf"{re.escape(equation)}(?!\d)", functions[function]), equation
+
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Refusals: what was wrong, where, what to do; and nothing is lost.
+
+def test_words_outside_the_closed_vocabulary_are_named():
+    with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
+        bb.encode(niah.tiny_tokenizer(), "the hello sky world")
+
+
+
+ANSWERED = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+
+THINKS = ANSWERED + "{% if add_generation_prompt %}<think>{% endif %}"
+
+
+
+@pytest.mark.parametrize("template, line, message", [
+    (THINKS, ASKED, "does not start with its prompt, which ends with .*<think>"),
+    ("{{ raise_exception('roles!') }}", ASKED, "refuses these messages .*roles!"),
+    (LLADA_TEMPLATE, ASKED.replace("72", " "), "the response is empty"),
+    (LLADA_TEMPLATE, CHAT_OF % '""', "the response is empty"),
+    (LLADA_TEMPLATE, CHAT_OF % '"", "tool_calls": [{"name": "f"}]', "dropped .tool_calls"),
+    (LLADA_TEMPLATE, CHAT_OF % '"72", "weight": 0', "dropped .*weight"),
+    (LLADA_TEMPLATE, ASKED.replace("72", "<extra>"), "'<extra>' has the id 262, .* only 262 emb")])
+def test_what_a_template_or_a_tokenizer_would_spoil_is_refused_with_file_and_line(
+        llada_chat, tmp_path, template, line, message):
+    tokenizer, cfg = llada_chat
+    tokenizer.chat_template, cfg.vocab_size = template, len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    (tmp_path / "data.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=f"data.jsonl, line 1: .*{message}"):
+        train.read_jsonl(tmp_path / "data.jsonl", tokenizer, cfg, 200)
+
+
+
+def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
+    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, niah.tiny_tokenizer())
+    vocabulary = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def truncate(folder, tensors):
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def leave_out_the_last_norm(folder, tensors):
+    kept = {k: v for k, v in tensors.items() if "ln_f" not in k}
+    save_file(kept, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def remove_the_config(folder, tensors):
+    (folder / "config.json").unlink()
+
+
+def break_the_config(folder, tensors):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (truncate, "truncated or corrupted"),
+    (leave_out_the_last_norm, "missing model.transformer.ln_f.weight"),
+    (remove_the_config, "config.json is missing"),
+    (break_the_config, "not valid JSON")])
+def test_a_damaged_checkpoint_is_refused_and_the_damage_named(tmp_path, damage, message):
+    damage(tmp_path, write_checkpoint(tmp_path, "llada"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_layers=1), "unexpected model.transformer.blocks.1"),
+    (dict(mlp_hidden_size=95), "has shape"),
+    (dict(weight_tying=True), "weight_tying = True is not supported"),
+    (dict(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported"),
+    (dict(architectures=["LLaDA2MoeModelLM"]), "not supported")])
+def test_a_config_that_does_not_fit_is_refused_and_the_entry_named(tmp_path, changes, message):
+    write_checkpoint(tmp_path, "llada")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder at .*nowhere"):
+        load_backbone(str(tmp_path / "nowhere"))
+
+
+
+# Family, changed entries of its config.json (a text: the whole file), what the message must say.
+OURS = '{"architectures": ["Backbone"], "backbone": %s}'
+
+
+BAD_CONFIGS = [
+    ("llada", dict(n_layers="2"), "n_layers must be int, not '2'"),
+    ("llada", dict(d_model=64.0), "d_model must be int, not 64.0"),
+    ("llada", dict(n_heads=0), "n_heads must be at least 1"),
+    ("llada", dict(n_heads=None), "a llada config needs the entry n_heads"),
+    ("llada", dict(rms_norm_eps="1e-5"), "rms_norm_eps must be float"),
+    ("llada", dict(rms_norm_eps=math.nan), "rms_norm_eps must be"),
+    ("llada", dict(rope_theta=[1]), "rope_theta must be float"),
+    ("llada", dict(rope_full_precision="yes"), "rope_full_precision must be bool"),
+    ("llada", dict(n_kv_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ("llada", dict(mask_token_id="60"), "mask_token_id must be int, not '60'"),
+    ("llada", dict(mask_token_id=80), "mask_id=80 lies outside the vocabulary of 80"),
+    ("llada", dict(mask_token_id=-1), "mask_token_id must be at least 0"),
+    ("llada", dict(mask_token_id=None), "mask_id=126336 lies outside the vocabulary of 80"),
+    ("llada", dict(eos_token_id=[61, 80]), "extra_stop_ids=80 lies outside the vocabulary of 80"),
+    ("llada", dict(eos_token_id=[61, "62"]), "eos_token_id must be int, not '62'"),
+    ("llada", dict(eos_token_id=[]), "eos_token_id must be int"),
+    ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling = {'factor': 2} is not supported"),
+    ("llada", dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4} is not"),
+    ("llada", dict(weight_tying=1), "weight_tying = 1 is not supported"),
+    ("llada", dict(rope=None), "rope = None is not supported"),
+    ("llada", dict(mlp_hidden_size="96"), "mlp_hidden_size must be int"),
+    ("llada", dict(mlp_ratio="4", mlp_hidden_size=None), "needs the entry mlp_hidden_size"),
+    ("llada", dict(architectures="LLaDAModelLM"), "architectures must be a list of one name"),
+    ("llada", dict(architectures=[]), "architectures must be a list"),
+    ("llada", dict(architectures=None), "architectures must be a list"),
+    ("llada", dict(architectures=[["LLaDAModelLM"]]), "is not supported; known: "),
+    ("dream", dict(num_attention_heads="4"), "num_attention_heads must be int, not '4'"),
+    ("dream", dict(num_key_value_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ("dream", dict(intermediate_size=None), "a dream config needs the entry intermediate_size"),
+    ("dream", dict(head_dim=15), "head_dim=15: RoPE needs two equal halves"),
+    ("dream", dict(quantization_config={"bits": 4}), "quantization_config = "),
+    ("dream", dict(rope_scaling={"type": "yarn"}), "rope_scaling = "),
+    # as transformers 5 writes them
+    ("dream", dict(rope_theta=None, rope_parameters={"rope_type": "linear", "rope_theta": 1e6,
+                                                     "factor": 2.0}), "rope_parameters = "),
+    ("llada", dict(rope_parameters={"rope_theta": 1e4}), "RoPE, with one rope_theta"),
+    ("llada", dict(rope_parameters="linear"), "rope_parameters = 'linear' is not supported"),
+    ("llada", dict(rope_theta=None), "rope_theta must be float, not None"),
+    ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 does not fit n_experts=8"),
+    ("llada_moe", dict(num_experts=0), "experts_per_token=3 does not fit n_experts=0"),
+    ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq: only ones"),
+    ("llada_moe", dict(moe_layer_freq="x"), "moe_layer_freq: only ones"),
+    ("llada_moe", dict(qk_layernorm=None), "a llada_moe config needs the entry qk_layernorm"),
+    ("llada", "[]", "must hold an object, not a list"),
+    ("llada", "[" * 100_000, "is not valid JSON"),
+    ("llada", '{"architectures": ["Backbone"]}', "backbone: expected an object, found NoneType"),
+    ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer is an unknown entry"),
+    ("llada", OURS % '{"n_layers": "3"}', "backbone: n_layers must be int"),
+    ("llada", OURS % '{"conv_width": 4}', "conv_width=4 is even"),
+    ("llada", OURS % '{"ffn_convs": 4}', "ffn_convs=4 is more than the layers"),
+    ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids must be a list"),
+]
+
+
+@pytest.mark.parametrize("family, change, message", BAD_CONFIGS)
+def test_a_bad_config_json_is_refused_with_file_and_entry(tmp_path, family, change, message):
+    path = tmp_path / "config.json"
+    if isinstance(change, dict):
+        change = json.dumps({**CONFIGS[family], **change})
+    path.write_text(change)
+    with pytest.raises(ValueError) as caught:
+        load_backbone(tmp_path, "cpu")
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda index: index.pop("weight_map"), "weight_map must be an object"),
+    (lambda index: index.update(weight_map=["a"]), "weight_map must be an object"),
+    (lambda index: index["weight_map"].update(x="../x.bin"), "'../x.bin', which is"),
+    (lambda index: index["weight_map"].update(x="/etc/passwd"), "'/etc/passwd', which is no file"),
+    (lambda index: index["weight_map"].update(x=3), "3, which is no file"),
+    (lambda index: index["weight_map"].clear(), "missing model.transformer"),
+])
+def test_a_bad_index_of_the_weights_is_named(tmp_path, change, message):
+    write_checkpoint(tmp_path, "llada")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+
+
+def test_an_index_and_a_single_file_side_by_side_are_refused_by_name(tmp_path):
+    """What save_pretrained leaves behind in a sharded folder."""
+    save_file(write_checkpoint(tmp_path, "llada"), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="index.json and .*model.safetensors are two sets"):
+        load_backbone(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("dtype, message", [
+    (torch.int8, "q_proj.weight is I8"), (torch.float8_e4m3fn, "q_proj.weight is F8_E4M3"),
+    (torch.bool, "q_proj.weight is BOOL"),
+    (torch.bfloat16, "q_proj.weight is BF16, not F32 .*mixed"),
+    (None, "q_proj.weight holds NaN")])
+def test_weights_that_are_no_usable_floats_are_named(tmp_path, dtype, message):
+    key = "model.transformer.blocks.1.q_proj.weight"
+    tensors = write_checkpoint(tmp_path, "llada")
+    if dtype is None:
+        tensors[key][3, 3] = math.nan
+    else:
+        tensors[key] = tensors[key].to(dtype)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path, "cpu")
+    if dtype is torch.bfloat16:
+        assert load_backbone(tmp_path, "cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_found_in_large_weights_on_the_cpu_too(tmp_path, value):
+    tensors = write_checkpoint(tmp_path, "llada", torch.bfloat16, embedding_size=16_000)
+    tensors["model.transformer.wte.weight"][-1, -2] = value                        # (16000, 64)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="wte.weight holds NaN or infinity"):
+        load_backbone(tmp_path, "cpu")
+
+
+# Changed entries of adapter_config.json (None: taken out), what the message must say.
+BAD_ADAPTERS = [
+    (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa' is not supported"),
+    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights = "),
+    (dict(init_lora_weights="olora"), "init_lora_weights = 'olora' is not supported"),
+    (dict(init_lora_weights="corda"), "init_lora_weights = "),
+    (dict(init_lora_weights="loftq"), "init_lora_weights = "),
+    (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
+    (dict(use_dora=True), "use_dora = True is not supported"),
+    (dict(rank_pattern={"q": 2}), "rank_pattern = "),
+    (dict(r=8), r"lora_A.weight has shape \[4, 32\], expected \[8, 32\]"),
+    (dict(r="4"), "r must be int"),
+    (dict(r=0), "r must be at least 1"),
+    (dict(r=None), ": r is missing"),
+    (dict(lora_alpha=None), ": lora_alpha is missing"),
+    (dict(lora_alpha=-8), "lora_alpha must be"),
+    (dict(lora_alpha=math.nan), "lora_alpha must be"),
+    (dict(lora_alpha="8"), "lora_alpha must be float"),
+    (dict(lora_alpha=9), "trained with lora_alpha = 8"),
+    (dict(lora_dropout="no"), "lora_dropout must be float"),
+    (dict(base_model_name_or_path=None), ": base_model_name_or_path is missing"),
+    (dict(base_model_name_or_path=3), "base_model_name_or_path must be str"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_refused_with_file_and_entry(tmp_path, change, message):
+    model = random_backbone()
+    bb.save_backbone(model, tmp_path / "base", None)
+    bb.save_adapter(model.add_lora(4, 8), tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(tmp_path / "adapter", "cpu")
+    assert str(tmp_path / "adapter") in str(caught.value)
+
+
+# All entries of PEFT 0.21.2's LoraConfig. Refused: a value other than the default, for the
+# arithmetic is another then. Harmless: where an adapter sits is told by its tensors; configs of
+# initial values act through init_lora_weights alone; ensure_weight_tying needs tied weights.
+PEFT_REFUSED = dict(
+    peft_type="LOHA", revision="v2", fan_in_fan_out=True, bias="all", use_rslora=True,
+    modules_to_save=["norm"], init_lora_weights="lora_ga", rank_pattern={"q": 2},
+    alpha_pattern={"q": 2}, trainable_token_indices=[3], use_dora=True, velora_config={"a": 1},
+    alora_invocation_tokens=[5, 6], use_qalora=True, monteclora_config={"a": 1},
+    layer_replication=[[0, 1]], lora_bias=True, target_parameters=["w"], use_bdlora={"a": 1},
+    arrow_config={"a": 1}, kasa_config={"a": 1})
+
+PEFT_USED = "base_model_name_or_path r lora_alpha lora_dropout".split()
+
+PEFT_HARMLESS = """task_type auto_mapping peft_version inference_mode target_modules exclude_modules
+    layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config
+    corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""".split()
+
+
+@pytest.mark.parametrize("entry", PEFT_REFUSED)
+def test_every_entry_of_peft_that_changes_the_arithmetic_is_refused_by_name(tmp_path, entry):
+    path = tmp_path / "adapter_config.json"
+    config = dict(base_model_name_or_path="x", r=4, lora_alpha=8, peft_type="LORA")
+    path.write_text(json.dumps({**config, **dict.fromkeys(PEFT_HARMLESS, "any")}))
+    bb.adapter_config(tmp_path)
+    path.write_text(json.dumps({**config, entry: PEFT_REFUSED[entry]}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {entry} = .* is not supported"):
+        bb.adapter_config(tmp_path)
+    assert set(bb.ADAPTER_REQUIRED) == set(PEFT_REFUSED)
+    assert {f.name for f in dataclasses.fields(bb.AdapterConfig)} == set(PEFT_USED)
+
+
+
+def test_an_adapter_whose_base_is_an_adapter_or_itself_is_refused(tmp_path):
+    model = random_backbone().add_lora(4, 8)
+    for name, base in (("a", "a"), ("b", "c"), ("c", "b")):
+        bb.save_adapter(model, tmp_path / name, tmp_path / base)
+    for name in "abc":
+        for load in (load_backbone, load_tokenizer):
+            with pytest.raises(ValueError, match="is an adapter too"):
+                load(tmp_path / name)
+
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    def write(part):
+        Path(part).write_text("half")
+        raise error
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises((KeyboardInterrupt, SystemExit, OSError)):
+        bb.write_atomically(path, write)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
+    tokenizer = niah.tiny_tokenizer()
+    model = random_backbone(vocab_size=138)
+    bb.save_backbone(model, tmp_path, tokenizer)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def interrupted(folder):
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tokenizer, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bb.save_backbone(model, tmp_path, tokenizer)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_half_a_character_is_refused_by_name():
+    with pytest.raises(ValueError, match="lone surrogate '.ud800', at position 6"):
+        bb.encode(niah.tiny_tokenizer(), "river \ud800")
+
+
+def test_an_error_starts_on_a_line_of_its_own_when_a_progress_bar_is_open():
+    code = ("import backbone\nfrom tqdm import tqdm\n"
+            "def main():\n    bar = tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
+            "backbone.cli(main)\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: no" and "\nerror: no" in ended.stderr
+
+
+def test_the_scripts_start_and_print_where_windows_lacks_modules_and_characters():
+    code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
+            "import backbone, niah, sample, train\nbackbone.cli(lambda: print('42 \u2603'))\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert (ended.returncode, ended.stdout) == (0, "42 ?\n"), ended.stderr
+
+
+def test_a_file_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses any other."""
+    import fcntl
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda f: modes.append(fcntl.fcntl(f, fcntl.F_GETFL)))
+    bb.write_json(tmp_path / "file", {})
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
+def test_a_device_on_which_nothing_can_be_computed_is_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*cpu always can"):
+        bb.default_device(device)
+
+
+
+def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
+    eager = Eager()
+    sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, steps=6, block_length=1,
+                    memory=eager.memory)
+    assert eager.calls == 1
+
+
+
+GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(block_length=3), "not a multiple"),
+    (dict(block_length=4, steps=3), "multiple of 2"),
+    (dict(remasking="best"), "remasking must be one of"),
+    (dict(eos="never"), "eos must be one of"),
+    (dict(gen_length=9000, block_length=9000), "limit"),
+    (dict(remasking="entropy", block_length=4), "one block")])
+def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
+    with pytest.raises(ValueError, match=message):
+        sample.generate(model, torch.randint(3, 40, (1, 5)), **{**GOOD_SETTINGS, **bad})
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="at least one token"):
+        sample.generate(model, [torch.tensor([], dtype=torch.long)], **GOOD_SETTINGS)
+
+
+
+@pytest.mark.parametrize("name, values", [
+    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]),
+    ("threshold", ["nan", "-1"]),
+    ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
+def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
+    for value in values:
+        # before the checkpoint, which does not exist, is looked for
+        argv = ["--checkpoint", "none", "--prompt", "river", f"--{name}={value}"]
+        assert main_of(sample, argv) == 2
+        assert re.search(rf"error: --{name} must be", capsys.readouterr().err)
+        number = int(value) if name == "top_k" else float(value)
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=6, remasking="entropy",
+                            **{name: number})
+
+
+def test_memory_settings_beside_a_checkpoint_are_checked(here):
+    for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
+                          ('{"speed": 1}', "speed is an unknown entry"),
+                          ('[1]', "must hold an object")):
+        Path("memory.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^memory.json.*{message}"):
+            sample.inner_loop_settings(".")
+
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(here, capsys):
+    argv = [*new_checkpoint(), "--device", "cpu", "--prompt", "river", "--html", "no/page"]
+    assert main_of(sample, argv) == 2
+    said = capsys.readouterr()
+    assert "no/page" in said.err and not said.out
+
+
+
+@pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
+def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
+        here, capsys, text):
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
+    assert main_of(sample, [*argv, text]) == 2
+    assert "has no question behind a text" in capsys.readouterr().err
+
+
+
+def test_slots_that_are_read_before_they_are_injected_are_refused():
+    with pytest.raises(ValueError, match="read before they are first injected"):
+        MetaStateConfig(inject_layers=(2,), read_layer=0).check(3)
+    MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
+
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(slot_heads=3), "multiple of slot_heads"),
+    (dict(inject_layers=(4,)), "layers 0..2"),
+    (dict(read_layer=5), "layers 0..2"),
+    (dict(inject_layers=()), "layers 0..2"),
+    (dict(num_slots=0), "num_slots must be at least 1"),
+    (dict(slot_heads=0), "slot_heads must be at least 1"),
+    (dict(slot_heads=-2), "slot_heads must be at least 1"),
+    (dict(memory="x"), "memory must be one of")])
+def test_impossible_metastate_settings_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        MetaStateConfig(**bad).check(3)
+
+
+
+BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "target": "kitchen"}]
+
+
+
+@pytest.mark.parametrize("line, message", [
+    ([], "expected RULER"), ({"input": "river", "outputs": "47"}, "expected RULER"),
+    ({"input": "river", "outputs": [""]}, "expected RULER"), ({"input": None}, "expected RULER"),
+    ({"input": "river", "target": "kitchen"}, "expected RULER"),
+    ({**BABILONG[0], "target": "moon"}, "no answer of"),
+    ({"input": "unheard-of", "outputs": ["47"]}, "words outside the closed vocabulary")])
+def test_a_wrong_line_of_a_benchmark_is_named_with_file_and_line(here, line, message):
+    file = write_lines("qa1.jsonl", [RULER[0], line])
+    with pytest.raises(ValueError, match=f"qa1.jsonl, line 2: .*{message}"):
+        niah.read_benchmark(file, load_backbone("tiny", "cpu"), niah.tiny_tokenizer())
+
+
+
+@pytest.mark.parametrize("line, message", [
+    ([], "expected"), ({"prompt": 1}, "expected"), ({"messages": [{"role": "user"}]}, "expected"),
+    ({"prompt": "river", "answer": "47"}, "no \"arm\", \"answer\""),
+    ({"prompt": "unheard-of"}, "outside the closed"), ({"prompt": "river " * 9000}, "limit of")])
+def test_a_wrong_line_of_prompts_is_named_before_anything_is_decoded(here, capsys, line, message):
+    write_prompts([PROMPTS[0], line])
+    assert main_of(sample, [*DECODE, "--out", "rows.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "prompts.jsonl, line 2: " in said and message in said
+    assert not Path("rows.jsonl").exists()
+
+
+
+def counting(memory, calls):
+    def counted(*inputs):
+        calls.append(inputs)
+        return memory(*inputs)
+    return counted
+
+
+def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "generate", None)
+    load_arms = niah.load_arms
+
+    def watched(*inputs):
+        backbone, tokenizer, arms = load_arms(*inputs)
+        backbone.cfg.max_len = 100
+        return backbone, tokenizer, {arm: counting(memory, calls) for arm, memory in arms.items()}
+    monkeypatch.setattr(niah, "load_arms", watched)
+    common = [*new_checkpoint(), "--n", "2", "--device", "cpu"]
+    for argv, message in ((["--out", "none/rows.jsonl"], "--out none/rows.jsonl cannot be written"),
+                          (["--out", "."], "--out . cannot be written"),
+                          (["--lengths", "64", "95"], "--lengths 95"),
+                          (["--lengths", "64", "--gen_length", "45"], "limit of 100")):
+        assert main_of(niah, common + argv) == 2
+        assert message in capsys.readouterr().err
+    # a text that fits alone but not with the introduction of a real model
+    monkeypatch.setattr(niah, "encode_prompt", lambda tokenizer, config, text: [1] * 97)
+    assert main_of(niah, common + ["--lengths", "64"]) == 2
+    assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
+    assert not calls and {f.name for f in Path().iterdir()} == {"new"}
+    assert not Path("new/niah.jsonl").exists()
+
+
+
+@pytest.mark.parametrize("bad, message", [
+    ('{"prompt": "river', "not valid JSON"),
+    ('["river"]', "expected {"),
+    ('{"prompt": "river"}', "expected {"),
+    ('{"prompt": "river", "response": " "}', "response is empty"),
+    ('{"prompt": "", "response": "47"}', "prompt is empty"),
+    ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"),
+    ('{"messages": []}', "at least two"),
+    ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}',
+     "last message is the assistant's")])
+def test_a_bad_line_of_data_is_named_with_file_and_number(here, bad, message):
+    Path("bad.jsonl").write_text(f"{GOOD_LINE}\n{bad}")
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
+        read_jsonl("bad.jsonl")
+
+
+
+@pytest.mark.parametrize("data, kind", [
+    (f"\ufeff[\n{GOOD_LINE}]".encode(), "json, an array"), (b"\x1f\x8b\x08\0", "json, gzip"),
+    (b"PAR1\x15\x04", "parquet")])
+def test_another_format_is_named_with_the_line_that_converts_it(here, data, kind):
+    Path("data").write_bytes(data)
+    convert = f"load_dataset('{kind.split(',')[0]}', data_files='data', split='train').to_json("
+    with pytest.raises(ValueError, match=re.escape(kind) + ".*" + re.escape(convert)):
+        read_jsonl("data")
+
 
 
 def test_all_weights_are_never_trained_in_bf16(here):
@@ -3205,8 +3856,11 @@ def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_numb
 # Per script: a line to start from, flags, and values of which each makes that line a bad one.
 # "taken" is the folder of a finished run.
 CHECKPOINT = ["--checkpoint", "taken"]
+
 PROMPT = [*CHECKPOINT, "--prompt", "river"]
+
 WORDS = ["magic", "_0", "a-b"]
+
 BAD_LINES = {
     train: [
         (MDLM, ["--magic", "--_0-q"], ["", "-", "nan", "inf", "-1", "1e999", "zwölf", "{}", " "]),
@@ -3258,15 +3912,6 @@ def taken(here):
         shutil.rmtree(made)
     return here
 
-
-def main_of(module, argv):
-    """A script's command line in this process: its exit code, as a shell would see it."""
-    sys.argv = [f"{module.__name__}.py", *argv]
-    try:
-        bb.cli(module.main)
-    except SystemExit as e:
-        return e.code or 0
-    return 0
 
 
 @pytest.mark.parametrize("module", BAD_LINES)
@@ -3382,59 +4027,11 @@ def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here)
         run_train(*options, "--out", "never")
 
 
-def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
-    import huggingface_hub
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append(allow_patterns)
-        return tmp_path
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
-    cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
-    train.plan(cfg, {}, {})
-    assert asked and not any("*.safetensors" in patterns for patterns in asked)
-
-
-def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
-    llada = bb.config_from_json(REAL["llada"])
-    parts = train.estimate(llada, "metastate", 1, 1024, 0, meta_cfg=metastate.for_backbone(llada))
-    assert parts["weights"] == 16_031_162_368
-    assert sum(parts.values()) < 80e9
-
 
 def test_a_run_that_needs_more_memory_than_there_is_is_refused(here):
     with pytest.raises(ValueError, match="more memory than"):
         run_train(*MDLM, "--batch_size", 10 ** 9)
 
-
-def test_metastate_trained_on_an_adapter_loads_and_samples(here):
-    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "adapter")
-    run_train(*SLOTS, "--unroll", 2, "--steps", 2, "--init", "adapter", "--out", "both")
-    assert json.loads(Path("both/metastate.json").read_text())["backbone"] == "adapter"
-    backbone, _, arms = sample.load_arms("both", "cpu")
-    assert any(m.lora_rank == 4 for m in backbone.modules() if isinstance(m, bb.Linear))
-    assert "metastate" in arms
-    argv = ["--checkpoint", "both", "--prompt", "? river =", "--device", "cpu"]
-    assert main_of(sample, argv) == 0
-
-
-def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
-    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "first")
-    run_train(*MDLM, "--init", "first", "--steps", 2, "--out", "second")
-    for folder in ("first", "second"):
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
-        assert config["r"] == 4
-        assert config["base_model_name_or_path"] == "runs/pretrained-seed0"
-    first, second = weights_of("first"), weights_of("second")
-    assert any(not torch.equal(v, second[k]) for k, v in first.items())
-    load_backbone("second", "cpu")
-    for rank in (0, 8):
-        with pytest.raises(ValueError, match="adapter of rank 4"):
-            run_train(*MDLM, "--init", "first", "--lora", rank, "--out", "third")
-    with pytest.raises(ValueError, match="backbone is frozen"):
-        run_train(*SLOTS, "--init", "first", "--lora", 4, "--out", "third")
-    assert not Path("third").exists()
 
 
 def test_the_output_folder_is_never_one_that_the_run_reads(here):
@@ -3487,90 +4084,6 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
     run_train(*MDLM, "--steps", 1, "--out", "run")
     assert len(log_of("run")) == 1
 
-
-def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(here, capsys):
-    options = [*MDLM, "--steps", 4, "--out", "run"]
-    with killed_at(2):
-        run_train(*options)
-    run_train(*options, "--resume")
-    assert "starts from the beginning" in capsys.readouterr().out
-    assert [row["step"] for row in log_of("run")] == [0, 1, 2, 3]
-
-
-def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
-    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2",
-              "--out", "run")
-    rows = log_of("run")
-    assert len({row["held_out_metastate"] for row in rows}) == 4
-    assert "held_out_off" not in rows[0]
-    run_train(*RESPONSE, "--steps", 1, "--out", "memdlm")
-    assert "held_out_off" in log_of("memdlm")[0]
-
-
-def test_metastates_memory_estimate_counts_every_unrolled_step():
-    llada = bb.config_from_json(REAL["llada"])
-    kept = [train.estimate(llada, "metastate", 1, 256, 0, meta_cfg=MetaStateConfig(unroll=K))
-            for K in (2, 4, 8)]
-    for part in ("activations", "logits"):
-        assert kept[2][part] == 2 * kept[1][part] == 4 * kept[0][part]
-
-
-def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    run_train("--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--epochs", 1,
-              "--device", "cpu", "--n_eval", 0, "--max_len", 64)
-    state = train.read_state("runs/memdlm/resume.pt")
-    wanted = dict(loss_weight="1/t", warmup=0.1, lora=32, lora_dropout=0.05, beta2=0.999,
-                  weight_decay=0.0, lr=2e-5, batch_size=2, full_share=0.0, rank=32, alpha=64.0,
-                  inner_lr=0.1, clip=1.0, inner_on="response")
-    assert {k: state["settings"][k] for k in wanted} == wanted
-    # one of 40 examples in ten is held out; two rows a step
-    assert state["step"] == (40 - 4) // 2
-    assert {g["betas"] for g in state["optimizer"]["param_groups"]} == {(0.9, 0.999)}
-    assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0}
-    adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
-    assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
-
-
-def test_defaults_depend_on_the_backbone_and_on_the_data():
-    cfg = train.TrainConfig(data="data.jsonl")
-    assert train.fill_in(cfg, "llada", False) == "published"
-    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, None, 4096)
-    cfg = train.TrainConfig()
-    train.fill_in(cfg, "llada", False)
-    assert cfg.steps == 1000
-    cfg = train.TrainConfig(method="mdlm")
-    assert train.fill_in(cfg, "tiny", False) == "pretrain"
-    recipe = (cfg.loss_weight, cfg.warmup, cfg.beta2, cfg.weight_decay)
-    assert recipe == ("uniform", 0.03, 0.98, 0.01)
-    assert train.fill_in(train.TrainConfig(), "tiny", True) == "closed_book"
-
-
-def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here, monkeypatch):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    options = ["--method", "mdlm", "--backbone", "base", "--data", "data.jsonl", "--max_len", 64,
-               "--steps", 4, "--lora", 4, "--lora_dropout", 0.5, "--save_every", 2, "--lr", "1e-2",
-               "--n_eval", 0, "--device", "cpu"]
-    modes = {"batch": set(), "held_out_loss": set()}
-
-    def watch(name):
-        function = getattr(train.Run, name)
-
-        def watched(self, *inputs):
-            modes[name].add(self.backbone.training)
-            return function(self, *inputs)
-        monkeypatch.setattr(train.Run, name, watched)
-    watch("batch")
-    watch("held_out_loss")
-    run_train(*options, "--out", "whole")
-    with killed_at(3):
-        run_train(*options, "--out", "parts")
-    run_train(*options, "--out", "parts", "--resume")
-    whole, parts = weights_of("whole"), weights_of("parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert modes == {"batch": {True}, "held_out_loss": {False}}
 
 
 STRANGE_LINES = {
@@ -3631,257 +4144,86 @@ def test_a_bad_line_of_data_is_found_before_the_tiny_backbone_is_pretrained(here
     assert not Path("runs").exists()
 
 
-def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkeypatch):
-    calls = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda kind, timeout: calls.append(kind))
-    cfg = train.TrainConfig()
-    train.join_ranks(cfg)
-    assert calls == [1, "nccl"]
-    assert cfg.device == "cuda:1"
-    calls.clear()
-    cfg = train.TrainConfig(device="cpu")
-    train.join_ranks(cfg)
-    assert calls == ["gloo"]
-    assert cfg.device == "cpu"
+
+# --------------------------------------------------------------------------------------------------
+# 9. By hand: bench, tables, slots, exposure.
+
+LIST = [{"input": "list of words", "outputs": ["mary", "john"]}]
+
+HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
+
+GIFTS = {"input": "", "question": "what?", "target": "apple,milk"}
 
 
-def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
-    import torch.distributed.fsdp
-    devices = []
 
-    def noted(layer, mesh, ignored_params):
-        devices.append(mesh.device_type)
-    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", noted)
-    train.dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=0, world_size=1)
-    try:
-        train.shard(random_backbone())
-    finally:
-        train.dist.destroy_process_group()
-    assert devices == ["cpu"] * 3
-
-
-BOOK = '{"context": "river = 47 . stone = 12 .", "prompt": "? river =", "response": "47"}'
-OTHER_BOOK = '{"context": "river = 33 .", "prompt": "? river =", "response": "33"}'
-
-
-def test_the_closed_book_needs_a_context_in_every_line_of_its_data(here):
-    Path("open.jsonl").write_text("\n".join([BOOK, GOOD_LINE]))
-    with pytest.raises(ValueError, match='open.jsonl, line 2: .*needs a "context"'):
-        run_train(*CLOSED_BOOK, "--data", "open.jsonl")
-    assert not Path("runs").exists()
+@pytest.mark.parametrize("file, line, output, found, exact", [
+    ("niah_single_1.jsonl", RULER[0], "it is 47", 0.5, 0.0),
+    ("niah_single_1.jsonl", RULER[0], "30 and 47", 1.0, 0.0),
+    ("niah_single_1.jsonl", RULER[0], "47 30", 1.0, 1.0),
+    ("vt/validation.jsonl", LIST[0], "MARY", 0.5, 0.0),
+    ("qa_1/validation.jsonl", LIST[0], "MARY", 1.0, 0.0),
+    ("qa1_4k.jsonl", BABILONG[0], "In the Kitchen. Or the office.", 1.0, 1.0),
+    ("qa1.jsonl", BABILONG[0], "kitchen or office", 1.0, 0.0),
+    ("qa1.jsonl", HEDGE, "From the kitchen to the hallway", 1.0, 1.0),
+    ("qa1.jsonl", HEDGE, "I do not know. The hallway", 1.0, 0.0),
+    ("qa2/4k.jsonl", BABILONG[0], "office", 0.0, 0.0),
+    ("qa8.jsonl", GIFTS, "milk and apple", 0.0, 1.0)], ids=itertools.count())
+def test_a_benchmarks_line_is_scored_by_its_own_rules(here, monkeypatch, file, line, output, found,
+                                                      exact):
+    monkeypatch.setattr(niah, "encode_prompt", lambda *a: [3])
+    _, [s], _ = niah.read_benchmark(write_lines(file, [line]), random_backbone(), None)
+    assert s.score(output) == (found, exact)
 
 
-def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere(here):
-    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
-    whole = read_jsonl("book.jsonl")[0]
-    hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
-    assert whole.text == []
-    assert hidden.text + hidden.prompt == whole.prompt
-    assert len(hidden.prompt) == 3
-    assert hidden.response == whole.response
-    batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
-    assert batch.text.sum(1).tolist() == [8, 0]
-    assert torch.equal(batch.x0[0], batch.x0[1])
+def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long_is_counted(
+        here, capsys):
+    small_folder(here / "moe", "llada_moe", max_position_embeddings=52)
+    ruler = write_lines("vt/validation.jsonl",
+                        [RULER[0], {"input": "river " * 23, "outputs": ["47"]}, *RULER])
+    files = [ruler, write_lines("qa1_4k.jsonl", BABILONG)]
+    argv = ["--checkpoint", "moe", "--device", "cpu", "--data", *files]
+    assert main_of(niah, argv) == 0
+    said = capsys.readouterr().out
+    assert "left out 1 of 4 samples longer than the model's limit of 52 tokens, 30 of" in said
+    # one batch for each file and arm; two inner steps to write each of the files' batches
+    assert f"at most {2 * (30 + 16)} forward passes and 4 inner steps" in said
+    rows = rows_in("moe/benchmark.jsonl")
+    assert [(r["task"], r["arm"], r["length"], r["steps"]) for r in rows] == [
+        *[("vt", "off", 20, 30)] * 3, *[("vt", "on", 20, 30)] * 3,
+        ("qa1", "off", 7, 16), ("qa1", "on", 7, 16)]
+    # what one arm says of the first line is what the model says after text and prefix
+    first, last = rows[0], rows[-1]
+    assert (first["prompt"], first["index"], first["refs"]) == (RULER[0]["input"], 7, ["47", "30"])
+    backbone, tokenizer, _ = sample.load_arms("moe", "cpu")
+    prompt = torch.tensor([tokenizer.encode(RULER[0]["input"] + " =")])
+    ids = sample.generate(backbone, prompt, gen_length=30)[0]
+    assert first["output"] == tokenizer.decode(sample.cut(ids, backbone.cfg))
+    assert last["prompt"] == "mary moved kitchen .\n? where mary"
+    assert last["recall"] == float("kitchen" in last["output"])
 
 
-def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
-    chat = json.dumps({"context": "stone = 12 .", **json.loads(GOOD_CHAT)})
-    Path("chats.jsonl").write_text("\n".join([chat, chat]))
-    with pytest.raises(ValueError, match="chats.jsonl, line 1: .*closed book"):
-        read_jsonl("chats.jsonl")
+
+def test_writing_8192_tokens_into_llada_moe_is_estimated_to_fit_a_card_of_80_gb():
+    moe = bb.config_from_json(REAL["llada_moe"])
+    parts = sample.estimate(moe, "adapt", 1, 8192, 0)
+    assert parts["weights"] == 2 * 7_356_880_896 and parts["trained, gradient, Adam"] == 0
+    # logits at 0.3 of the tokens; the fast weights of 2 layers, 64 experts, 3 matrices of rank 32
+    assert parts["logits"] == 2457 * 157184 * 10
+    assert parts["fast weights"] == 16 * 2 * 64 * 3 * 32 * (2048 + 1024)
+    assert sum(parts.values()) < 30e9
 
 
-def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(here):
-    run_train(*MDLM, "--steps", 1, "--out", "reader")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--out", "noise")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--out", "one")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "one", "--fraction", 1.0, "--out", "two")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--lora", 2, "--out", "adapter")
-    found = {}
-    for run in ("reader", "noise", "one", "two", "adapter"):
-        model = load_backbone(run, "cpu")
-        found[run] = (model.cfg.conv_residual, [b.ffn_conv is not None for b in model.layers])
-    assert found == {"reader": (False, [False, False, False]),
-                     "noise": (True, [False, False, False]),
-                     "one": (False, [False, False, True]),
-                     "two": (False, [False, False, True]),
-                     "adapter": (False, [False, False, False])}
 
+def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
+    llada = bb.config_from_json(REAL["llada"])
+    parts = train.estimate(llada, "metastate", 1, 1024, 0, meta_cfg=metastate.for_backbone(llada))
+    assert parts["weights"] == 16_031_162_368
+    assert sum(parts.values()) < 80e9
 
-def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monkeypatch):
-    """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
-    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
-    written = []
-    write = memdlm.write_text
-
-    def spy(backbone, ids, *rest, **more):
-        written.append(len(ids))
-        return write(backbone, ids, *rest, **more)
-    monkeypatch.setattr(memdlm, "write_text", spy)
-    options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0]
-    run_train(*options, "--steps", 2, "--plain_share", 0, "--out", "closed")
-    assert written == [8, 8]
-    assert len(log_of("closed")) == 2
-    run_train(*options, "--steps", 2, "--plain_share", 1, "--out", "plain")
-    assert written == [8, 8]
-    with pytest.raises(ValueError, match="--questions"):
-        run_train(*options, "--steps", 2, "--questions", 4, "--out", "shared")
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The files themselves and the README
-
-FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
-         "test_all.py"]
-
-
-def readme_commands():
-    """Every indented `python ...` or `torchrun ...` line of the README, without its comment."""
-    text = (HERE / "README.md").read_text()
-    lines = re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text, flags=re.M)
-    commands = [re.sub(r"^torchrun \S+", "python", line.split("   #")[0].strip()) for line in lines]
-    return [c for c in commands if "pytest" not in c and "-m " not in c]
-
-
-def write_word_tokenizer(folder, words):
-    """A tokenizer that knows these words, split at white space."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-
-
-REAL_NAMES = {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada",
-              "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}
-
-
-def write_small_checkpoints(folder, commands):
-    """Tiny checkpoints of the right layout that know every word they will be asked for."""
-    texts = [niah.INTRO, *commands]
-    words = [word for text in texts for word in [*text.split(), *re.findall(r"[\w?']+", text)]]
-    vocabulary = dict.fromkeys([*niah.vocabulary(), *words])
-    sizes = dict(vocab_size=len(vocabulary), embedding_size=len(vocabulary), mask_token_id=1,
-                 eos_token_id=2, max_position_embeddings=512, max_sequence_length=512)
-    for name, family in REAL_NAMES.items():
-        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
-        write_checkpoint(folder / name, family, **known)
-        write_word_tokenizer(folder / name, vocabulary)
-
-
-SHORT = {"test_all.py": [],
-         "train.py": ["--steps", "1", "--n_eval", "1", "--batch_size", "4",
-                      "--accumulate", "1", "--length", "32", "--max_len", "500",
-                      "--device", "cpu"],
-         "niah.py": ["--n", "2", "--device", "cpu"],
-         "sample.py": ["--device", "cpu"]}
-SMALL_SLOTS = ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"]
-
-
-def shortened(command):
-    """A command of the README -> its script and its arguments, at sizes that take a second."""
-    _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
-    if script == "train.py" and "--backbone" in argv and "--unroll" not in argv:
-        argv += SMALL_SLOTS
-    if script == "niah.py" and "--lengths" in argv:
-        start = stop = argv.index("--lengths") + 1
-        while stop < len(argv) and not argv[stop].startswith("--"):
-            stop += 1
-        argv[start:stop] = ["64"]
-    if script == "test_all.py" and argv[0] in ("--slots", "--exposure"):
-        argv += ["--n", "2"] + ["--passes", "2"] * (argv[0] == "--slots")
-    # The shell would have expanded file patterns.
-    files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
-    argv = [a for some in files for a in some]
-    return script, argv if "--explain" in argv else argv + SHORT[script]
-
-
-BY_THE_MINUTE = "--bench", "--tables", "--starter"
-
-
-def test_every_command_of_the_readme_runs(here):
-    """But for the measurements by hand that take minutes."""
-    commands = readme_commands()
-    assert len(commands) >= 10
-    write_data("train.jsonl", 12)
-    write_data("longalpaca.jsonl", 12)
-    write_data("gsm8k.jsonl", 2)
-    write_lines("4096/data/vt/validation.jsonl", RULER)
-    write_small_checkpoints(here / "Org", commands)
-    main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
-            "test_all.py": by_hand}
-    for command in commands:
-        script, argv = shortened(command)
-        if script == "test_all.py" and argv[0] in BY_THE_MINUTE:
-            continue
-        if script == "train.py":                # which never writes over an earlier run
-            shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
-        sys.argv = [script, *argv]
-        main[script]()
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_only_the_five_packages_and_what_transformers_brings_are_imported(file):
-    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
-               "safetensors", "huggingface_hub", "tokenizers"}
-    allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
-    names = set()
-    for node in ast.walk(ast.parse((HERE / file).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    assert {name.split(".")[0] for name in names} <= allowed
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_line_is_wider_than_100_columns(file):
-    lines = (HERE / file).read_text().splitlines()
-    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-@pytest.mark.parametrize("file", FILES[:-1])
-def test_no_code_from_a_checkpoint_is_ever_run(file):
-    text = (HERE / file).read_text()
-    assert not re.search(r"trust_remote_code\s*=", text)
-    assert text.count("torch.load(") == text.count("weights_only=True")
-
-
-def equations_in(docstring):
-    """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
-    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
-    return re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
-
-
-def functions_in(module):
-    """{name: source} of all functions and methods; of those with one name, the first."""
-    text = inspect.getsource(module)
-    found = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            found.setdefault(node.name, ast.get_source_segment(text, node))
-    return found
-
-
-@pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
-def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, number):
-    """As a number or a formula; an equation that is only named must have a function."""
-    functions = functions_in(module)
-    found = equations_in(module.__doc__)
-    assert len(found) >= number
-    for equation, function in found:
-        assert function in functions
-        if re.search(r"\d|=|\(", equation):
-            assert re.search(rf"{re.escape(equation)}(?!\d)", functions[function]), equation
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. By hand: the learning run.
+# 10. By hand: the learning run.
 
 @pytest.fixture(scope="module")
 def learned_recall(tmp_path_factory):
@@ -3901,6 +4243,7 @@ def learned_recall(tmp_path_factory):
     return recall
 
 
+
 slow = pytest.mark.skipif("SLOW" not in os.environ,
                           reason="minutes: SLOW=1 python -m pytest -q test_all.py -k learns")
 
@@ -3918,11 +4261,16 @@ def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchang
     assert learned_recall("metastate", 5) > learned_recall("reset", 5) + 0.2
 
 
+
 # --------------------------------------------------------------------------------------------------
-# 9. By hand: how fast is it here? `python test_all.py --bench --family llada`
+# 11. By hand: how fast is it here? `python test_all.py --bench --family llada`
 
 STEPS = {"mdlm": "MDLM + LoRA", "memdlm": "MemDLM + LoRA", "metastate": "MetaState"}
+
+
+
 LORA = 32
+
 FORMULA = """\
 ms: the median of three after a warm-up, or the first if it takes over 10 s; a training step
 includes AdamW and recomputes the layers in its backward pass. Tokens/s: tokens of the canvas.
@@ -3955,24 +4303,6 @@ def bench_batch(cfg, rows, length, device):
     u = torch.rand(rows, length, device=device)
     return train.Batch(x0, given, attend, t, u, torch.zeros_like(given))
 
-
-def synchronize(device):
-    getattr(torch, torch.device(device).type).synchronize()
-
-
-def measured(function, device):
-    """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
-    def timed():
-        synchronize(device)
-        began = time.perf_counter()
-        function()
-        synchronize(device)
-        return time.perf_counter() - began
-    first = timed()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = first if first > 10 else sorted(timed() for _ in range(3))[1]
-    return seconds, sample.peak_memory()
 
 
 def pass_flops(model, meta_cfg, length):
@@ -4219,8 +4549,9 @@ def test_what_fits_is_a_larger_batch_or_a_shorter_row_or_nothing(memory, largest
     assert what_fits(parts, 1, 256, memory) == largest
 
 
+
 # --------------------------------------------------------------------------------------------------
-# 10. By hand: one table over training seeds
+# 12. By hand: one table over training seeds
 
 def read_rows(files, metric, by, tasks):
     """{(task, line): {column: {(training seed, text): value}}}.
@@ -4249,6 +4580,7 @@ def read_rows(files, metric, by, tasks):
         raise ValueError(f"no rows of {', '.join(tasks or ['any task'])} in "
                          f"{', '.join(map(str, files))}")
     return groups
+
 
 
 def mean_and_interval(cell, draws=2000):
@@ -4390,8 +4722,9 @@ def test_one_seed_has_an_interval_over_texts_and_one_text_has_none(tmp_path):
     assert lines[2].split()[3:5] == ["100.0", "±"] and lines[2].split()[5] == "-"
 
 
+
 # --------------------------------------------------------------------------------------------------
-# 11. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
+# 13. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
 
 def measurement(argv, **defaults):
     """`--WHAT CHECKPOINT` and a flag for every default -> the values, and what load_arms gives."""
@@ -4411,6 +4744,7 @@ def measurement(argv, **defaults):
     if argv[0] != "--exposure" and "metastate" not in arms:
         raise ValueError(f"{args.checkpoint} has no slots: its arms are {', '.join(arms)}")
     return args, backbone, tokenizer, arms
+
 
 
 # Whose slots a text of resolve gets. The answer of a twin is the other value of the same text.
@@ -4505,13 +4839,6 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None, length=64)
     return rows
 
 
-def share(rows, hops, after, steps):
-    """"donor / own / neither" in % of one cell."""
-    got = [r["follows"] for r in rows
-           if (r["hops"], r["after"], r["steps"]) == (hops, after, steps)]
-    return "/".join(f"{100 * got.count(name) / len(got):.0f}"
-                    for name in ("donor", "own", "neither")) if got else "-"
-
 
 def slots_table(rows, passes):
     """Exchanges at the first pass behind them at which an undisturbed question is answered
@@ -4541,70 +4868,6 @@ def slots_main(argv):
     print(f"{slots_table(rows, args.passes)}\n{args.n} texts a cell; after 0: undisturbed; "
           f"every row: {out}")
 
-
-@torch.no_grad()
-def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
-    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
-    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
-
-    sequential: still masked after denoising down to this ratio with its own, surest tokens.
-    static: equally many random positions masked, the rest ground truth; the paper's ratio is
-        sequential / static.
-    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
-    (ours). All three start from the memory that the sequential run has left. The response must
-    stand at the end of every row."""
-    mask_id = backbone.cfg.mask_id
-    n = (~given).sum(1)                                                                 # (B,)
-    xt = x0.masked_fill(~given, mask_id)
-    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
-    u = u.to(x0.device).masked_fill(given, 2.0)
-    predict, state = memory(backbone, xt, attend, bb.answer_start(given))
-    rows = []
-
-    def measure(xt, masked):
-        logits, new_state = predict(xt, masked.sum(1) / n, state, masked)
-        return F.cross_entropy(logits.float(), x0[masked]).item(), logits, new_state
-    for step in range(steps):
-        masked = (xt == mask_id) & ~given
-        at_random = bb.smallest(u, masked.sum(1))
-        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
-        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
-        sequential, logits, state = measure(xt, masked)
-        rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
-                         clean=clean, published_ratio=sequential / static,
-                         clean_ratio=sequential / clean))
-        p, token = logits.float().softmax(-1).max(-1)
-        unsure = torch.full(xt.shape, 2.0, device=xt.device).masked_scatter(masked, 1 - p)
-        masks_left = (n * (1 - (step + 1) / steps)).round()
-        reveal = bb.smallest(unsure, masked.sum(1) - masks_left)
-        xt = torch.where(reveal, torch.zeros_like(xt).masked_scatter(masked, token), xt)
-    return rows
-
-
-def with_answers(backbone, tokenizer, samples, prompts, gen_length):
-    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
-    the place where the answers start."""
-    ids, attend = sample.left_pad(prompts, backbone.cfg.pad_id, backbone.device)
-    answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
-    for row, s in zip(answers, samples):
-        answer = bb.encode(tokenizer, s.answer)[:gen_length]
-        row[:len(answer)] = torch.tensor(answer)
-    attend = torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], dim=1)
-    return torch.cat([ids, answers], dim=1), attend, ids.shape[1]
-
-
-def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None):
-    """A table: exposure bias per step for every arm, all tasks mixed."""
-    gen_length = gen_length or niah.answer_budget(tokenizer)
-    encoded = niah.encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
-    x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
-    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
-    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
-    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
-    for arm, memory in arms.items():
-        for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
-            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
-    return "\n".join(lines)
 
 
 def exposure_main(argv):
@@ -4679,12 +4942,6 @@ def test_the_tables_of_the_slots_show_shares_of_donor_own_and_neither(tmp_path):
     assert lines[-4] == ["reset", "hops", "1", "100", "100", "0"]
 
 
-def blind(backbone, xt, attend, start):
-    """A predictor that ignores its context: every token is equally likely."""
-    def predict(xt, t, state, at):
-        return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
-    return predict, None
-
 
 def test_exposure_bias_is_one_while_nothing_is_revealed_and_not_one_later(model, batch):
     rows = exposure_bias(model, batch.x0, batch.given, batch.attend, 6, sample.no_memory)
@@ -4711,88 +4968,40 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-# --------------------------------------------------------------------------------------------------
-# 12. By hand: the README's tables, read again or run again. `python test_all.py --tables`
 
-# name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
-ON_PRETRAINED = "--init runs/pretrained-seed{s}"
-ON_256 = "--init runs/pretrained-256-seed{s}"
-UP_TO_256 = "--length 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
-UNROLLED = f"--method metastate {ON_PRETRAINED}"
-# without slots: about as many seconds as MetaState's updates take, on the same tasks
-SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
-             + " ".join(train.DEFAULTS["metastate"]["tasks"]))
-# of MetaState on longer texts: tokens of the longest, over which the slots are spread; slots
-PLACES = (64, 32), (128, 32), (128, 64), (256, 32), (256, 64), (256, 128)
-# four answers of five are a coin's toss
-ON_RESOLVE = f"{ON_PRETRAINED} --tasks resolve --full_share 0 --lr 1e-3"
-RUNS = {
-    "pretrained": "--method mdlm",
-    "metastate": UNROLLED,
-    **{name: f"{UNROLLED} --memory {name}" for name in ("reset", "detached", "logits", "feedback")},
-    "no-curriculum": f"{UNROLLED} --curriculum 0",
-    **{f"slots-{n}": f"{UNROLLED} --num_slots {n}" for n in (2, 4, 8, 16)},
-    **{f"unroll-{n}": f"{UNROLLED} --unroll {n}" for n in (1, 2, 4, 8)},
-    **{f"lambda-{n}": f"{UNROLLED} --balance {n}" for n in (0, 1)},
-    **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --length {length} "
-                                     f"--span {length} --num_slots {n}" for length, n in PLACES},
-    "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
-    "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
-    "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
-    "all-weights": f"{SAME_COST} --lr 1e-3",
-    "closed": "--method memdlm",
-    "pretrained-256": f"--method mdlm {ON_PRETRAINED} {UP_TO_256}",
-    # without the clip the inner loop of one seed blew up when texts reached 256 tokens
-    "reads": (f"--method memdlm {ON_256} --plain_share 0.3 --exact_from 0.5 --surprise 16 "
-              "--clip 10 --steps 2400"),
-    "reads-mdlm": f"--method mdlm {ON_256} --tasks facts {UP_TO_256}",
-    "first-order": "--method memdlm --exact_from 1",
-    # as many seconds as "closed" takes
-    "first-order-long": "--method memdlm --exact_from 1 --steps 3000",
-    **{f"rank-{n}": f"--method memdlm --rank {n} --alpha {2 * n}" for n in (4, 16, 64)},
-    "layers-2": "--method memdlm --fraction 0.5",
-    "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --length 1024 --lr 1e-3 "
-                  "--full_share 0 --steps 800"),
-    "published": f"--method memdlm --inner_on response {ON_PRETRAINED}",
-    "published-mdlm": f"--method mdlm {ON_PRETRAINED} --steps 400",
-    "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
-    "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
+# --------------------------------------------------------------------------------------------------
+# 14. By hand: the README's tables, read again or run again. `python test_all.py --tables`
 
 # arguments of niah.py, and the file that its rows go to
 PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --seed 1000 --arms {arm}", "passes.jsonl"
+
+
+
 EIGHT = "--lengths 64 128 256 --n 200 --seed 1000 --arms off on", "niah.jsonl"
+
 DECODED = "--lengths 64 --n 500 --seed 1000 --arms frozen {arm}", "niah.jsonl"
+
 BY_LENGTH = ("--tasks resolve --lengths 64 128 256 --n 500 --seed 1000 --arms frozen {arm}",
              "niah.jsonl")
+
 HIDDEN = ("--closed_book --facts 4 8 --lengths 0 64 256 1024 --n 200 --seed 1000 --arms none "
           "written phi other", "closed_book.jsonl")
+
 CAPACITY = ("--closed_book --facts 1 2 4 8 16 24 --lengths 0 --n 200 --seed 1000 --arms written",
             "capacity.jsonl")
+
 BOTH = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms none open "
         "written phi open+phi other", "reads.jsonl")
+
 FAR = ("--closed_book --facts 4 8 --lengths 2048 4096 --n 100 --seed 1000 --arms written",
        "far.jsonl")
+
 WRONG = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms random "
          "flipped uncovered", "wrong.jsonl")
+
 IN_VIEW = ("--closed_book --facts 4 8 --lengths 64 256 1024 --n 200 --seed 1000 --arms open",
            "reads.jsonl")
 
-
-def ensure(name, seed):
-    """The folder of a run, trained first if it is not there."""
-    folder = Path(f"runs/{name}-seed{seed}")
-    arguments = RUNS[name].format(s=seed).split()
-    for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
-        ensure(needed, seed)
-    if not folder.exists():
-        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
-    return folder
-
-
-def run_script(name, *arguments):
-    command = [sys.executable, HERE / name, *arguments]
-    print("$ python", *command[1:], flush=True)
-    subprocess.run([str(x) for x in command], check=True)
 
 
 def measured_rows(name, seed, measure):
@@ -4806,10 +5015,6 @@ def measured_rows(name, seed, measure):
     return folder / file
 
 
-def log_rows(run, seed):
-    log = (ensure(run, seed) / "log.jsonl").read_text()
-    return [json.loads(line) for line in log.splitlines()]
-
 
 def learning_curve(runs, seeds):
     """Recall of four facts alone, on 50 texts, at every tenth of the training, in %."""
@@ -4821,17 +5026,6 @@ def learning_curve(runs, seeds):
     steps = "".join(f"{row['step'] + 1:>7}" for row in shown)
     return "\n".join([f"{'after step':<20}{steps}", *lines])
 
-
-def losses(runs, seeds):
-    """The training loss of the last 50 steps, and the last held-out loss, memory off. Both per
-    masked token: the log divides the training loss by all tokens, of which half are masked."""
-    lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
-    for run, seed in itertools.product(runs, seeds):
-        rows = log_rows(run, seed)
-        last = [2 * row["loss"] for row in rows[-50:]]
-        held_out = rows[-1]["held_out_off"]
-        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
-    return "\n".join(lines)
 
 
 def doses(runs, seeds):
@@ -5217,8 +5411,9 @@ def test_the_learning_curve_shows_recall_at_every_evaluation(here, monkeypatch, 
     assert "after step 10 20 closed-seed3 25 100" in said
 
 
+
 # --------------------------------------------------------------------------------------------------
-# 13. The course: what each function to be written gives for fixed inputs. This section stays in
+# 15. The course: what each function to be written gives for fixed inputs. This section stays in
 # the student's copy; there each case is a test, and what the originals gave lies in stored.pt.
 
 CASES = {}              # {"A3 inner_step exact": a function of the seed that yields label, value}
@@ -5583,7 +5778,7 @@ def write_values(assignment, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. The course: the student's copy (`--starter DIR`) and the grades of a class (`--grade FOLDER`).
+# 16. The course: the student's copy (`--starter DIR`) and the grades of a class (`--grade FOLDER`).
 # This section is in no copy, so `outcome` (what a measurement gave) is for the lecturer alone.
 
 ASSIGNMENTS = {
@@ -6244,7 +6439,7 @@ def test_a_class_is_graded_whatever_it_hands_in(tmp_path, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. Which measurement.
+# 17. Which measurement.
 
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
