@@ -5816,7 +5816,7 @@ ASSIGNMENTS = {
     "A4": dict(
         title="First order against exact, and the leak", hours="2 h + 30 min of runs",
         read="MemDLM, Eq. 5 and 10, Fig. 4", write={},
-        measure="recall of 4 facts alone and in 64 tokens (arm `blind` of the last lines printed), "
+        measure="recall of 4 facts alone and in 64 tokens (arm `written`, the last lines), "
                 "beside a guess, 1 / 4; and, of the last two runs, `loss` (mean of the last 50 "
                 "steps) and `held_out_off` (last) in `runs/*/log.jsonl`, as a table. Which of "
                 "the two losses deceives?",
@@ -5824,9 +5824,9 @@ ASSIGNMENTS = {
 python train.py --method memdlm --exact_from 1 --n_eval 0 --out runs/first-order    # 4 minutes
 python train.py --method memdlm --n_eval 0 --out runs/exact    # 5 minutes
 python niah.py --checkpoint runs/first-order --closed_book --facts 4 --lengths 0 64 --n 200 \
-    --arms blind
+    --arms written
 python niah.py --checkpoint runs/exact --closed_book --facts 4 --lengths 0 64 --n 200 \
-    --arms blind
+    --arms written
 python train.py --method mdlm --n_eval 0 --out runs/pretrained    # 8 minutes
 python train.py --method memdlm --inner_on response --inner_lr 1 --init runs/pretrained \
     --tasks resolve --full_share 0 --lr 1e-3 --n_eval 0 --out runs/leak    # 3 minutes
@@ -5852,15 +5852,15 @@ python train.py --method mdlm --init runs/pretrained --tasks resolve --full_shar
         read="MetaState, K-step unrolling", write={"metastate.py": ["loss_unrolled"]},
         note="The time of a step is the share of the answer that is masked, row by row.",
         measure="recall on `resolve` at five passes by hops for the arms frozen, metastate and "
-                "reset (the trained slots put back at each step; not `--memory reset`). Then, from "
+                "wiped (the trained slots put back at each step; not `--memory reset`). Then, from "
                 "the last command: two questions about one text exchange their slots after pass h "
                 "of h hops; whose answer comes?",
         commands="""\
 python train.py --method metastate --init runs/pretrained --n_eval 0 --out runs/slots    # 6 minutes
 python niah.py --checkpoint runs/slots --tasks resolve --lengths 64 --passes 5 --n 500 \
-    --arms frozen metastate reset
+    --arms frozen metastate wiped
 python test_all.py --slots runs/slots --n 100""",
-        outcome="metastate 94 to 100 in the mean, frozen and reset 57 to 63 (0 hops 100, the "
+        outcome="metastate 94 to 100 in the mean, frozen and wiped 57 to 63 (0 hops 100, the "
                 "others about 50); after the exchange the other question's, 84 to 100 %")}
 COURSE = """\
 # The course: two memories for diffusion language models, written by you
