@@ -19,7 +19,7 @@ The paper stands above the line of =. Where it is silent, or its code differs:
 - Pre-anchor count floor(s_pre k); the code's float32 loses one in a sixth of the cases (n 14, k 6).
 - A prompt's mask: exactly a fifth; code: each token with probability 0.2, LoRA's dropout active.
 Beware: the inner loop sees the labels that the loss scores: a low training loss proves nothing.
-Ours, below the line: the closed book, which `python train.py --method memdlm` trains.
+Ours, below the line: the closed book, what `train.py --method memdlm` trains on the tiny model.
 """
 import zlib
 from contextlib import nullcontext

@@ -13,12 +13,12 @@ Equations: s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; the unrolled los
 Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width,
         N chosen positions, H heads, K denoising steps
 Published (abstracts):
-- a frozen backbone; slots of a fixed size, whatever the length; Mixer, Updater, Injector and what
-  each does; a time conditioner shared by all; K-step unrolling; 0.6 % trainable parameters.
+- a frozen backbone; slots of a fixed size, whatever the length; Mixer, GRU-style Updater, Injector
+  and what each does; a time conditioner shared by all; K-step unrolling; 0.6 % more parameters.
 Second-hand:
 - K = 4, the loss, K steps that partition the trajectory, random reveals: loss_unrolled,
   draw_reveals;
-- slots with learned identities, a GRU as Updater, AdaRMSNorm from the one conditioner, queries of
+- slots with learned identities, AdaRMSNorm from the one time conditioner, queries of
   the tokens that know their position; detaching the slots between steps hurts (control `Detached`).
 Ours:
 - Order in a step: inject s_{k-1}, run the backbone, read, update; s_0 is learned.
