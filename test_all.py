@@ -1980,7 +1980,6 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
     assert largest.rows == 40
 
 
-
 # --------------------------------------------------------------------------------------------------
 # 5. Tasks and scores: RULER, BABILong, the closed book.
 
@@ -1990,6 +1989,12 @@ def new_checkpoint():
     return "--checkpoint", "new"
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """An untrained tiny model and its tokenizer."""
+    torch.manual_seed(0)
+    return load_backbone("tiny", "cpu"), niah.tiny_tokenizer()
+
 
 @pytest.mark.parametrize("text, question", [
     ("river = 47 . ? river =", "? river ="),
@@ -1997,31 +2002,15 @@ def new_checkpoint():
     ("river = 47 . ? stone\nriver =", "river ="),
     ("  river = 47 .\n? river =\n", "? river =")])
 def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_the_question(
-        text, question):
-    tokenizer = niah.tiny_tokenizer()
-    model = load_backbone("tiny", "cpu")
-    longer = "stone = 12 . the sky is blue . ? stone ="
-    questions, arms, _ = sample.close_book(model, tokenizer, [longer, text], ".")
+        tiny, text, question):
+    longer = "stone = 12 . the sky is blue ."
+    questions, arms, _ = sample.close_book(*tiny, [f"{longer} ? stone =", text], ".")
     assert questions == ["? stone =", question]
     assert list(arms) == ["none", "written"]
     written = text.strip().removesuffix(question).strip()
-    ids = torch.tensor([bb.encode(tokenizer, written)])
-    every = torch.ones_like(ids, dtype=torch.bool)
-    expected = memdlm.adapt_to_prompt(model, ids, every, MemDLMConfig())
-    _, phi = arms["written"](model, ids, None, 0)
-    for name, w in expected.items():
-        torch.testing.assert_close(phi[name].B[1:], w.B, atol=1e-5, rtol=1e-3)
-
-
-
-def test_a_closed_book_is_decoded_without_and_with_what_was_written(here, capsys):
-    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
-    assert main_of(sample, [*argv, "river = 47 . ? river =", "stone = 12 . ? stone ="]) == 0
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^ +none: ", said, flags=re.M)) == 2
-    assert len(re.findall(r"^ +written: ", said, flags=re.M)) == 2
-    assert "of 2 answers" in said
-
+    expected, *_ = sample.write_texts(*tiny, [longer, written], MemDLMConfig())
+    _, phi = arms["written"](tiny[0], None, None, 0)
+    assert all(torch.equal(phi[name].B, w.B) for name, w in expected.items())
 
 
 def pairs_in(text):
@@ -2029,99 +2018,64 @@ def pairs_in(text):
     return re.findall(r"(\w+) = (\w+) \.", text)
 
 
-@pytest.mark.parametrize("task", niah.TASKS)
-@pytest.mark.parametrize("length", [0, 64, 256])
-def test_tasks_fill_their_length_without_exceeding_it_and_stay_in_the_vocabulary(task, length):
-    """56 words hold the longest task without any filler."""
-    vocabulary = niah.vocabulary()
-    for s in niah.make_samples([task], length, 50, 0, "eval"):
-        words = s.prompt.split()
-        assert 0.75 * length < len(words) <= max(length, 56)
-        assert all(word in vocabulary for word in words + s.answer.split())
-
-
-@pytest.mark.parametrize("task", niah.TASKS)
-@pytest.mark.parametrize("length", [0, 64, 256])
-def test_a_tasks_own_answer_scores_full_recall(task, length):
-    for s in niah.make_samples([task], length, 50, 0, "eval"):
-        assert niah.recall(s.refs, s.answer) == 1.0
-        assert 0 < s.chance <= 1
-        assert 0 <= s.depth <= 1
-
-
-@pytest.mark.parametrize("task", ["single", "multikey", "multivalue"])
-@pytest.mark.parametrize("length", [0, 64, 256])
-def test_each_needle_occurs_once_in_the_order_of_the_answer(task, length):
-    for s in niah.make_samples([task], length, 50, 0, "eval"):
-        key = s.prompt.split()[-2]
-        assert [value for name, value in pairs_in(s.prompt) if name == key] == s.refs
-
-
-@pytest.mark.parametrize("task, hops", [("tracking", 2), ("tracking4", 4)])
-def test_variable_tracking_can_be_solved_by_following_the_chain(task, hops):
-    for s in niah.make_samples([task], 64, 50, 0, "eval"):
-        name_of = {value: name for name, value in pairs_in(s.prompt)}
-        names = []
-        word = s.prompt.split()[-1]
-        while word in name_of:
-            word = name_of[word]
-            names.append(word)
-        assert names == s.refs == s.answer.split()
-        assert len(names) == hops + 1
-
-
-def test_resolve_can_be_solved_by_following_as_many_links_as_it_tells():
-    for s in niah.make_samples(["resolve", "more_hops"], 64, 200, 0, "eval"):
-        holds = dict(pairs_in(s.prompt))
-        word = re.search(r"\? (\w+) is$", s.prompt)[1]
-        for _ in range(s.hops + 1):
-            word = holds[word]
-        assert word.isdigit()
-        assert [word] == s.refs
-        assert word == s.answer
-
-
-def test_stories_can_be_solved_by_replaying_them():
-    for s in niah.make_samples(["stories"], 64, 100, 0, "eval"):
+def solved(s):
+    """The words of a sample's answer, from its text alone."""
+    pairs = pairs_in(s.prompt)
+    *words, asked, last = s.prompt.split()
+    if s.task == "common":
+        listed = words[1:-1]
+        return sorted(sorted(set(listed), key=listed.count)[-3:], key=niah.KEYS.index)
+    if s.task == "stories":
         place, holder = {}, {}
         for who, did, what in re.findall(r"(\w+) (moved|took) (\w+) \.", s.prompt):
             if did == "moved":
                 place[who] = what
             else:
                 holder[what] = who
-        who = holder[s.prompt.split()[-1]]
-        assert s.answer == f"{who} {place[who]}"
-        assert s.refs == [place[who]]
+        return [holder[last], place[holder[last]]]
+    if s.task.startswith("tracking"):
+        name_of = {value: name for name, value in pairs}
+        names = [last]
+        while names[-1] in name_of:
+            names.append(name_of[names[-1]])
+        return names[1:]
+    if s.task == "resolve":
+        path = [asked]
+        while path[-1] in dict(pairs):
+            path.append(dict(pairs)[path[-1]])
+        assert len(path) == s.hops + 2
+        return path[-1:]
+    return [value for key, value in pairs if key == asked]
 
 
-def test_common_words_are_the_most_frequent_ones():
-    for s in niah.make_samples(["common"], 64, 50, 0, "eval"):
-        words = s.prompt.split()[1:-3]
-        assert set(sorted(set(words), key=words.count)[-3:]) == set(s.refs)
+@pytest.mark.parametrize("task", [*niah.TASKS, "more_hops"])
+@pytest.mark.parametrize("length", [0, 64, 256])
+def test_a_task_fills_its_length_with_known_words_and_can_be_solved_from_its_text_alone(
+        task, length):
+    """59 words hold the longest task without any filler."""
+    vocabulary = niah.vocabulary()
+    n_refs = dict(multivalue=4, tracking=2 + 1, tracking4=4 + 1, common=3).get(task, 1)
+    for s in niah.make_samples([task], length, 100, 0, "eval"):
+        answer = s.answer.split()
+        assert 0.75 * length < len(s.prompt.split()) <= max(length, 59)
+        assert all(word in vocabulary for word in s.prompt.split() + answer)
+        assert solved(s) == answer
+        assert s.refs == answer[-n_refs:] and len(answer) == n_refs + (task == "stories")
+        assert niah.recall(s.refs, s.answer) == 1.0
+        assert 0 < s.chance <= 1 and 0 <= s.depth <= 1
 
 
-def links_of(split):
-    """All pairs of 1,500 texts, as they were drawn: a chain's "b = a" was drawn as b after a."""
-    links = set()
-    for s in niah.make_samples(["multikey", "multivalue", "tracking4"], 64, 1500, 0, split):
-        for left, right in pairs_in(s.prompt):
-            links.add((left, right) if right.isdigit() else (right, left))
-    return links
-
-
-def test_pairs_of_the_evaluation_never_occur_in_training():
-    trained, held_out = links_of("train"), links_of("eval")
-    assert len(trained) > 1000
-    assert len(held_out) > 300
-    assert not trained & held_out
-
-
-def test_all_evaluations_ask_about_pairs_that_are_held_out():
-    model = load_backbone("tiny", "cpu")
-    arguments = (model, niah.tiny_tokenizer(), {"off": sample.no_memory}, ["multikey"])
+def test_a_pair_of_the_evaluation_never_occurs_in_training_and_all_evaluations_ask_for_those(tiny):
+    """Each pair belongs to one of the two. A chain's "b = a" was drawn as b after a."""
+    tasks = ["multikey", "multivalue", "tracking4", "resolve"]
+    for split in ("train", "eval"):
+        for s in niah.make_samples(tasks, 64, 500, 0, split):
+            for left, right in pairs_in(s.prompt):
+                drawn = (left, right) if right.isdigit() else (right, left)
+                assert niah.for_evaluation(*drawn) == (split == "eval")
+    arguments = (*tiny, {"off": sample.no_memory}, ["multikey"])
     rows = niah.evaluate(*arguments, [16], 20, 0) + niah.evaluate(*arguments, [16], 20, 0, passes=1)
-    rows += niah.closed_book(*arguments[:2], CLOSED, arms=["none"], n_facts=[4], lengths=[0], n=20,
-                             seed=0)
+    rows += niah.closed_book(*tiny, CLOSED, arms=["none"], n_facts=[4], lengths=[0], n=20, seed=0)
     assert len(rows) == 60
     for row in rows:
         assert all(niah.for_evaluation(*pair) for pair in pairs_in(row["prompt"]))
@@ -2138,13 +2092,18 @@ def test_recall_is_rulers_the_share_of_references_that_occur_in_any_case():
     assert niah.recall(["47", "Blue"], "it is BLUE .") == 0.5
 
 
-def test_chance_is_what_a_guesser_gets_who_copies_a_value_from_the_text():
+@pytest.mark.parametrize("task, least, most", [("multikey", 0.25, 0.25), ("stories", 0.2, 0.28)])
+def test_chance_is_what_a_guesser_gets_who_names_a_value_or_a_place_of_the_text(task, least, most):
     rng = random.Random(0)
-    samples = niah.make_samples(["multikey"], 64, 2000, 0, "eval")
-    guesses = [rng.choice(pairs_in(s.prompt))[1] for s in samples]
-    hits = sum(niah.recall(s.refs, guess) for s, guess in zip(samples, guesses))
-    assert {s.chance for s in samples} == {0.25}
-    assert abs(hits / 2000 - 0.25) < 4 * 0.5 / 2000 ** 0.5
+    hits, chances = 0, []
+    for s in niah.make_samples([task], 64, 2000, 0, "eval"):
+        places = sorted(set(s.prompt.split()) & set(niah.PLACES))
+        guess = rng.choice(places or [value for _, value in pairs_in(s.prompt)])
+        hits += niah.recall(s.refs, guess) / 2000
+        chances.append(s.chance)
+    chance = sum(chances) / 2000
+    assert least <= chance <= most
+    assert abs(hits - chance) < 0.03
 
 
 def test_intervals_are_wilsons_near_zero_and_one():
@@ -2156,18 +2115,7 @@ def test_intervals_are_wilsons_near_zero_and_one():
         assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
 
 
-def test_the_chance_of_a_story_is_that_of_a_guesser_who_names_a_place_of_the_text():
-    rng = random.Random(0)
-    hits = []
-    chance = []
-    for s in niah.make_samples(["stories"], 64, 2000, 0, "eval"):
-        guess = rng.choice(sorted(set(s.prompt.split()) & set(niah.PLACES)))
-        hits.append(guess == s.refs[0])
-        chance.append(s.chance)
-    assert abs(sum(hits) - sum(chance)) / 2000 < 0.03 and 0.2 < sum(chance) / 2000 < 0.28
-
-
-def test_a_story_counts_only_if_the_place_is_the_only_one_named():
+def test_a_story_counts_only_if_its_first_sentence_names_the_place_and_no_other():
     tokenizer, config = niah.tiny_tokenizer(), BackboneConfig()
     s = niah.make_samples(["stories"], 64, 1, 0, "eval")[0]
     right = s.refs[0]
@@ -2175,8 +2123,7 @@ def test_a_story_counts_only_if_the_place_is_the_only_one_named():
     for output, value in ((f"mary {right}", 1), (right, 1), (f"{wrong} {right}", 0), (wrong, 0),
                           ("mary", 0), (f"{right} . mary moved {wrong}", 1)):
         ids = torch.tensor(tokenizer.encode(output) + [config.eos_id])
-        assert niah.scored(s, ids, tokenizer, config)["recall"] == value
-
+        assert niah.scored(s, ids, tokenizer, config)["recall"] == value, output
 
 
 def write_prompts(lines):
@@ -2196,11 +2143,9 @@ def rows_in(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
-
 PROMPTS = [{"prompt": "river = 47 . ? river =", "task_id": "HumanEval/0"},
            {"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}]},
            {"prompt": "? river ="}]
-
 DECODE = ["--checkpoint", "saved", "--device", "cpu", "--data", "prompts.jsonl", "--batch_size",
           "2", "--temperature", "1"]
 
@@ -2229,17 +2174,16 @@ def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_wh
     assert Path("whole.jsonl").read_bytes() == whole
 
 
-
 TWO_RANKS = """
-import sys, niah, sample
-from backbone import cli
-sample.join_ranks(sample.argparse.Namespace(device="cpu"))
-niah.join_ranks = sample.join_ranks = lambda how: None
-decode, evaluate = sys.argv[1].split(), sys.argv[2].split()
-sys.argv = ["sample.py", *decode]
-sample.main()
-sys.argv = ["niah.py", *evaluate, "--out", "two.jsonl"]
-niah.main()
+import sys, niah, sample, train
+from test_all import main_of
+learn, decode, evaluate = map(str.split, sys.argv[1:])
+sample.join_ranks(train.TrainConfig(device="cpu"))
+train.join_ranks = niah.join_ranks = sample.join_ranks = lambda how: None
+train.dist.destroy_process_group = lambda: None
+main_of(train, learn)
+main_of(sample, decode)
+main_of(niah, [*evaluate, "--out", "two.jsonl"])
 generate, calls = niah.generate, []
 
 def failing(*inputs, **settings):
@@ -2248,21 +2192,35 @@ def failing(*inputs, **settings):
         raise ValueError("the power is gone")
     return generate(*inputs, **settings)
 niah.generate = failing
-sys.argv = ["niah.py", *evaluate, "--out", "dead.jsonl"]
-cli(niah.main)
+sys.exit(main_of(niah, [*evaluate, "--out", "dead.jsonl"]))
 """
 
 
-def test_two_processes_write_the_rows_of_one_and_a_dead_one_ends_the_run(here, capsys):
+def test_two_processes_with_sharded_frozen_layers_work_as_one_and_a_dead_one_ends_the_run(
+        on_data, capsys):
+    """They train, decode a file of prompts and evaluate."""
     write_prompts(PROMPTS)
+    learn = ["--method", "memdlm", *on_data, "--steps", "3", "--lr", "1e-2", "--lora", "4",
+             "--lora_dropout", "0", "--rank", "4", "--n_eval", "0", "--device", "cpu"]
     evaluate = ["--checkpoint", "saved", "--device", "cpu", "--n", "3", "--lengths", "32", "64",
                 "--tasks", "single", "common", "resolve"]
+    run_train(*learn, "--batch_size", "4", "--out", "one")
     assert main_of(sample, [*DECODE, "--out", "one_prompts.jsonl"]) == 0
     assert main_of(niah, [*evaluate, "--out", "one.jsonl"]) == 0
     table = capsys.readouterr().out.split("recall by length")[1].split(" answers,")[0]
     Path("two.py").write_text(TWO_RANKS)
-    decode = " ".join([*DECODE, "--out", "two_prompts.jsonl"])
-    ended = in_two_processes("two.py", decode, " ".join(evaluate), check=False)
+    argv = [[*learn, "--batch_size", "2", "--out", "two"],
+            [*DECODE, "--out", "two_prompts.jsonl"], evaluate]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               "two.py", *map(" ".join, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    two = weights_of("two")
+    for name, weight in weights_of("one").items():
+        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
     for one, two in (("one_prompts.jsonl", "two_prompts.jsonl"), ("one.jsonl", "two.jsonl")):
         assert Path(one).read_bytes() == Path(two).read_bytes()
     assert ended.stdout.count(table) == 1
@@ -2271,80 +2229,54 @@ def test_two_processes_write_the_rows_of_one_and_a_dead_one_ends_the_run(here, c
     assert rows_in("dead.jsonl") == rows_in("one.jsonl")[:6]
 
 
-
-def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, capsys):
-    model = load_backbone("tiny", "cpu")
-    tokenizer = niah.tiny_tokenizer()
-
+def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, tiny, capsys):
     def failing(*inputs):
         raise ValueError("the power is gone")
-    sys.argv = ["niah.py"]
     arms = {"off": sample.no_memory, "on": failing}
-
-    def run():
-        niah.evaluate(model, tokenizer, arms, ["single"], [16], 3, 0, "rows.jsonl")
     with pytest.raises(SystemExit):
-        bb.cli(run)
+        bb.cli(lambda: niah.evaluate(*tiny, arms, ["single"], [16], 3, 0, "rows.jsonl"))
     assert capsys.readouterr().err.split("\r")[-1] == "error: the power is gone\n"
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert [r["arm"] for r in rows] == ["off"] * 3
+    assert [row["arm"] for row in rows_in("rows.jsonl")] == ["off"] * 3
 
 
-def test_every_mode_sees_the_introduction_and_the_answer_length(here, monkeypatch):
-    """On a real model all measurements read the prompt that decoding reads."""
-    model = random_backbone(vocab_size=400, family="llada")
-    seen = []
-
-    class Characters:
-        """A tokenizer with one token a character, so that answers are long."""
-        unk_token = "?"
-        backend_tokenizer = argparse.Namespace(model=None)
-
-        def encode(self, text, add_special_tokens=False):
-            return [ord(c) for c in text]
-
-        def decode(self, ids, skip_special_tokens=False):
-            return "".join(chr(i) for i in ids)
-
-    def memory(backbone, xt, attend, start):
-        seen.append(("".join(map(chr, xt[0, :start].tolist())), xt.shape[1] - start))
-        predict, _ = sample.no_memory(backbone, xt, attend, start)
-
-        def slots_too(xt, t, state, at):
-            return predict(xt, t, state, at)[0], (torch.ones(len(xt), 2, 2), {}, None)
-        return slots_too, None
-    tokenizer = Characters()
+def test_every_mode_sees_the_introduction_and_the_answer_length():
+    """On a real model all measurements read the prompt that decoding reads. With one token a
+    character answers are long."""
+    characters = argparse.Namespace(
+        unk_token="?", encode=lambda text, add_special_tokens: [ord(c) for c in text],
+        decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
     assert niah.answer_budget(niah.tiny_tokenizer()) == niah.BUDGET
     longest = max(len(s.answer) for s in niah.make_samples(list(niah.TASKS), 64, 2000, 0))
-    assert niah.answer_budget(tokenizer) >= longest + 1
-    arguments = (model, tokenizer, {"off": memory}, ["resolve"])
+    assert niah.answer_budget(characters) >= longest + 1
+    seen = []
+
+    def memory(backbone, xt, attend, start):
+        seen.append(("".join(map(chr, xt[0, :start])), xt.shape[1] - start))
+        return sample.no_memory(backbone, xt, attend, start)
+    model = random_backbone(vocab_size=400, family="llada")
+    arguments = (model, characters, {"off": memory}, ["resolve"])
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12, passes=2)
     exposure(*arguments, 64, 1, 0, gen_length=12)
-    assert len(seen) >= 3
+    assert len(seen) == 3
     for prompt, gen_length in seen:
         assert niah.INTRO in prompt and gen_length == 12
 
 
-def closed_samples(n=6):
+def closed_samples(n=3):
     return niah.make_samples([niah.facts], 40, n, 0, "eval")
 
 
 def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_answers():
     text = closed_samples(1)[0]
-    asked = niah.ask(text, 4, random.Random(0))
-    for sample in asked:
-        key = sample.question.split()[1]
-        assert sample.text == text.text
-        assert f"{key} = {sample.answer} ." in text.text
+    for asked in niah.ask(text, 4, random.Random(0)):
+        assert asked.text == text.text
+        assert f"{asked.question.split()[1]} = {asked.answer} ." in text.text
 
 
-def test_the_controls_of_the_closed_book_are_what_they_are_called():
-    model = load_backbone("tiny", "cpu")
-    tokenizer = niah.tiny_tokenizer()
+def test_the_controls_of_the_closed_book_are_what_they_are_called(tiny):
     samples = closed_samples()
-    phi = {arm: niah.phi_of_arm(model, tokenizer, samples, arm, CLOSED)
-           for arm in niah.CLOSED_ARMS}
+    phi = {arm: niah.phi_of_arm(*tiny, samples, arm, CLOSED) for arm in niah.CLOSED_ARMS}
     assert phi["none"] is None and phi["open"] is None
     for name, w in phi["written"].items():
         assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
@@ -2352,21 +2284,18 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called():
         assert not torch.equal(phi["uncovered"][name].B, w.B)
     # one step from B = 0, then: the same the other way round
     once = dataclasses.replace(CLOSED, masks=1, chunk=0)
-    blind, flipped = (niah.phi_of_arm(model, tokenizer, samples, arm, once)
-                      for arm in ("written", "flipped"))
+    blind, flipped = (niah.phi_of_arm(*tiny, samples, arm, once) for arm in ("written", "flipped"))
     assert all(torch.equal(flipped[name].B, -w.B) for name, w in blind.items())
     assert any(w.B.any() for w in blind.values())
 
 
-def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
-    torch.manual_seed(0)
-    model = load_backbone("tiny", "cpu")
-    tokenizer = niah.tiny_tokenizer()
+def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own(tiny):
+    model, tokenizer = tiny
     samples = closed_samples()
     inner = dataclasses.replace(CLOSED, chunk=16)
-    phi = niah.phi_of_arm(model, tokenizer, samples, "phi", inner)
+    phi = niah.phi_of_arm(*tiny, samples, "phi", inner)
     for row, s in enumerate(samples):
-        one = niah.phi_of_arm(model, tokenizer, [s], "written", inner)
+        one = niah.phi_of_arm(*tiny, [s], "written", inner)
         ids = torch.tensor([tokenizer.encode(s.question)])
         every = torch.ones_like(ids, dtype=torch.bool)
         one = memdlm.write_chunk(model, one, ids, every, every, inner, False, 0.0)
@@ -2374,49 +2303,27 @@ def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own():
             torch.testing.assert_close(phi[name].B[row], w.B[0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_closed_book_writes_a_row_a_text_and_an_open_one_sees_it(tmp_path):
-    model = load_backbone("tiny", "cpu")
-    tokenizer = niah.tiny_tokenizer()
-    out = tmp_path / "rows.jsonl"
-    rows = niah.closed_book(model, tokenizer, CLOSED, arms=["none", "written"], n_facts=[2, 4],
-                            lengths=[0, 40], n=3, seed=0, out=out)
-    assert len(rows) == 2 * 2 * 2 * 3 == len(out.read_text().splitlines())
-    first = json.loads(out.read_text().splitlines()[0])
-    assert {"arm", "facts", "length", "recall"} <= first.keys()
-    table = niah.closed_table(rows).splitlines()
-    assert [line.split()[1] for line in table[1:5]] == ["2", "2", "4", "4"]
-    assert [line.split()[-1] for line in table[1:5]] == ["50.0", "50.0", "25.0", "25.0"]
-
-
-def test_a_length_that_so_many_facts_do_not_fit_is_left_out():
-    model = load_backbone("tiny", "cpu")
-    rows = niah.closed_book(model, niah.tiny_tokenizer(), CLOSED, arms=["none"], n_facts=[4, 16],
-                            lengths=[0, 40], n=2, seed=0)
-    assert {(r["facts"], r["length"]) for r in rows} == {(4, 0), (4, 40), (16, 0)}
-    assert niah.closed_table(rows).splitlines()[2].split()[-2] == "-"
-
-
-def test_the_closed_book_flag_writes_its_rows_into_closed_book_jsonl(here, capsys):
-    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--n", "2",
-            "--facts", "1", "3", "--lengths", "0", "32", "--arms", "none", "written"]
+def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_does_not_hold(
+        here, capsys):
+    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu"]
+    prompts = ["--prompt", "river = 47 . ? river =", "stone = 12 . ? stone ="]
+    assert main_of(sample, [*argv, *prompts]) == 0
+    said = capsys.readouterr().out
+    assert "of 2 answers" in said
+    for arm in ("none", "written"):
+        assert len(re.findall(f"^ +{arm}: ", said, flags=re.M)) == 2
+    argv += ["--n", "3", "--facts", "2", "16", "--lengths", "0", "40", "--arms", "none", "written"]
     assert main_of(niah, argv) == 0
-    rows = [json.loads(line) for line in Path("new/closed_book.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 2 * 2
+    rows = rows_in("new/closed_book.jsonl")
     cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
-    assert cells == {(a, f, n) for a in ("none", "written") for f in (1, 3) for n in (0, 32)}
+    assert cells == {(a, *c) for a in ("none", "written") for c in ((2, 0), (2, 40), (16, 0))}
+    assert len(rows) == 3 * len(cells)
     assert all(row["recall"] in (0.0, 1.0) for row in rows)
-    assert "facts alone" in capsys.readouterr().out
-
-
-
-def in_two_processes(script, *argv, check=True):
-    """A script under torchrun, two processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               script, *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.run([*map(str, command)], check=check, capture_output=True, timeout=300,
-                          env=environment, text=True)
-
+    table = capsys.readouterr().out.split("recall by length")[1].split("\n")[1:6]
+    # facts, whether the longer length is left out, chance
+    lines = [(line[1], line[-2] == "-", line[-1]) for line in map(str.split, table[:4])]
+    assert lines == [("2", False, "50.0")] * 2 + [("16", True, "6.2")] * 2
+    assert "facts alone" in table[4]
 
 
 @torch.no_grad()
@@ -2458,24 +2365,14 @@ def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
     return rows
 
 
-def with_answers(backbone, tokenizer, samples, prompts, gen_length):
-    """One batch: x0 (n, L) with the answers at the end, filled up with end-of-text; attend (n, L);
-    the place where the answers start."""
-    ids, attend = sample.left_pad(prompts, backbone.cfg.pad_id, backbone.device)
-    answers = torch.full((len(samples), gen_length), backbone.cfg.eos_id, device=ids.device)
-    for row, s in zip(answers, samples):
-        answer = bb.encode(tokenizer, s.answer)[:gen_length]
-        row[:len(answer)] = torch.tensor(answer)
-    attend = torch.cat([attend, torch.ones_like(answers, dtype=torch.bool)], dim=1)
-    return torch.cat([ids, answers], dim=1), attend, ids.shape[1]
-
-
 def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None):
     """A table: exposure bias per step for every arm, all tasks mixed."""
     gen_length = gen_length or niah.answer_budget(tokenizer)
     encoded = niah.encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length)
-    x0, attend, start = with_answers(backbone, tokenizer, *encoded, gen_length)
-    given = torch.arange(x0.shape[1], device=x0.device).expand_as(x0) < start
+    examples = [train.Example([], prompt, bb.encode(tokenizer, s.answer)[:gen_length])
+                for s, prompt in zip(*encoded)]
+    batch = train.collate(examples, backbone.cfg, gen_length, torch.Generator())
+    x0, given, attend = (x.to(backbone.device) for x in batch[:3])
     columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
     lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
     for arm, memory in arms.items():
@@ -2484,13 +2381,11 @@ def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None)
     return "\n".join(lines)
 
 
-
 def blind(backbone, xt, attend, start):
     """A predictor that ignores its context: every token is equally likely."""
     def predict(xt, t, state, at):
         return torch.zeros(int(at.sum()), backbone.cfg.vocab_size), None            # (N, V)
     return predict, None
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2502,16 +2397,19 @@ def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoi
         metastate.load(tmp_path / "meta", "cpu")
 
 
-
 RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
-
 CLOSED_BOOK = ["--method", "memdlm", *SMALL, "--batch_size", "8", "--rank", "4"]
+DROPOUT = [*MDLM, "--lora", "4", "--lora_dropout", "0.5"]
+METHODS = {"mdlm": MDLM, "memdlm": RESPONSE, "closed": CLOSED_BOOK, "metastate": SLOTS}
 
 
-
-EVERY_METHOD = pytest.mark.parametrize(
-    "method", [MDLM, RESPONSE, CLOSED_BOOK, SLOTS], ids=["mdlm", "memdlm", "closed", "metastate"])
-
+@pytest.fixture
+def quick(here, monkeypatch):
+    """As `here`, but nothing is reported at the end of a run, and held-out losses are of two texts:
+    both take longer than the steps of these tests."""
+    monkeypatch.setattr(train, "report", lambda run: None)
+    monkeypatch.setattr(train.Run.held_out, "__defaults__", (2,))
+    return here
 
 
 @pytest.mark.parametrize("flags, loss, arm", [
@@ -2520,11 +2418,10 @@ EVERY_METHOD = pytest.mark.parametrize(
     ("--method memdlm --inner_on response", "MemDLM's loss", "on         phi, adapted")])
 def test_a_run_says_first_which_loss_it_trains_and_last_what_each_arm_is(here, capsys, flags, loss,
                                                                          arm):
-    argv = "--steps 1 --n_eval 1 --batch_size 8 --device cpu"
+    argv = "--steps 1 --n_eval 1 --batch_size 8 --length 16 --device cpu"
     assert main_of(train, [*flags.split(), *argv.split()]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"trains {loss}") and f"\n  {arm}" in said
-
 
 
 @contextlib.contextmanager
@@ -2541,51 +2438,37 @@ def killed_at(fatal_step):
         yield
 
 
-
 def contents(folder, but=()):
     """{name: bytes} of the files in a folder."""
     return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in but}
 
 
-def without(row, key):
-    return {k: v for k, v in row.items() if k != key}
-
-
-@EVERY_METHOD
-def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(here, method):
+@pytest.mark.parametrize("method, save_every", [
+    *((method, 2) for method in [*METHODS.values(), DROPOUT]), (MDLM, 9)],
+    ids=[*METHODS, "dropout", "before the first checkpoint"])
+def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(
+        quick, capsys, method, save_every):
     """Killed after the log of step 2, before the checkpoint of step 4."""
-    options = [*method, "--steps", 5, "--save_every", 2, "--unroll", 2]
+    options = [*method, "--steps", 4, "--save_every", save_every, "--eval_every", 2, "--unroll", 2]
     run_train(*options, "--out", "whole")
     with killed_at(3):
         run_train(*options, "--out", "parts")
     run_train(*options, "--out", "parts", "--resume")
-    others = ["resume.pt", "log.jsonl"]
+    assert ("starts from the beginning" in capsys.readouterr().out) == (save_every == 9)
+    # an adapter's file has its metadata in any order
+    others = ["resume.pt", "log.jsonl", "adapter_model.safetensors"]
     assert contents("whole", but=others) == contents("parts", but=others)
-    logs = [[without(row, "seconds") for row in log_of(folder)] for folder in ("whole", "parts")]
+    whole, parts = weights_of("whole"), weights_of("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole | parts)
+    logs = [[{**row, "seconds": 0} for row in log_of(folder)] for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
-    assert [row["step"] for row in logs[0]] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in logs[0]] == [0, 1, 2, 3]
 
 
-@EVERY_METHOD
-def test_gradient_accumulation_equals_one_large_batch(here, method):
-    options = [*method, "--steps", 1, "--unroll", 2, "--plain_share", 0]
-    options += ["--questions", 2] * (method is CLOSED_BOOK)
-    run_train(*options, "--batch_size", 6, "--out", "one")
-    run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
-    assert log_of("one")[0]["loss"] == pytest.approx(log_of("three")[0]["loss"], abs=1e-6)
-
-
-def test_exact_from_turns_the_papers_own_training_exact_too(here):
-    for start in (0, 1):
-        run_train(*RESPONSE, "--steps", 1, "--exact_from", start, "--inner_lr", 1, "--out", start)
-    exact, first_order = (log_of(str(start))[0] for start in (0, 1))
-    assert exact["loss"] == first_order["loss"]
-    assert exact["grad_norm"] != first_order["grad_norm"]
-
-
-@EVERY_METHOD
-def test_the_outer_gradient_is_clipped_to_norm_1(here, method, monkeypatch):
-    """As AdamW sees it, after it was made a million times as large."""
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_accumulation_equals_one_large_batch_whose_outer_gradient_is_clipped_to_norm_1(
+        quick, method, monkeypatch):
+    """Clipped as AdamW sees it, after it was made a million times as large."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
     total = train.Run.sum_over_ranks
     norms = []
@@ -2600,60 +2483,62 @@ def test_the_outer_gradient_is_clipped_to_norm_1(here, method, monkeypatch):
         norms.append(torch.nn.utils.get_total_norm(gradients).item())
     monkeypatch.setattr(train.Run, "sum_over_ranks", enlarged)
     hook = register_optimizer_step_pre_hook(look)
-    run_train(*method, "--steps", 1, "--unroll", 2, "--out", "run")
+    options = [*method, "--steps", 1, "--unroll", 2, "--plain_share", 0]
+    options += ["--questions", 2] * (method is CLOSED_BOOK)
+    run_train(*options, "--batch_size", 6, "--out", "one")
+    run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
     hook.remove()
-    assert norms == pytest.approx([1.0] * len(norms), rel=1e-3)
-    assert norms
+    [one], [three] = log_of("one"), log_of("three")
+    assert one["loss"] == pytest.approx(three["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-3)
+    assert len(norms) >= 2 and norms == pytest.approx([1.0] * len(norms), rel=1e-3)
 
 
+def spied(monkeypatch, owner, name):
+    """From now on the calls of a function: a list of its arguments and results."""
+    calls = []
+    function = getattr(owner, name)
 
-def recorded_run(monkeypatch, *argv):
-    """Trains; returns the run and the batch of each of its steps."""
-    batches = {}
-    make = train.Run.batch
-
-    def spy(self, step):
-        batch, n_maskable = make(self, step)
-        batches.setdefault(self, []).append(batch)
-        return batch, n_maskable
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "batch", spy)
-        run_train(*argv)
-    return list(batches.items())[-1]
+    def spy(*inputs, **more):
+        result = function(*inputs, **more)
+        calls.append((inputs, result))
+        return result
+    monkeypatch.setattr(owner, name, spy)
+    return calls
 
 
-def test_matrices_are_decayed_and_norms_and_gains_are_not(here, monkeypatch):
-    run, _ = recorded_run(monkeypatch, *MDLM, "--steps", 1, "--weight_decay", 0.25)
+def test_a_run_decays_matrices_alone_and_trains_with_new_noise_at_each_step_on_no_held_out_row(
+        quick, monkeypatch):
+    write_data("data.jsonl", 40)
+    calls = spied(monkeypatch, train.Run, "batch")
+    run_train(*MDLM, "--steps", 2, "--data", "data.jsonl", "--weight_decay", 0.25)
+    [(run, _), (first, _)], [_, (second, _)] = calls
+    assert not torch.equal(first.t, second.t)
+    assert len(run.examples) == 36 and len(run.held_examples) == 4
+    assert not any(row in run.examples for row in run.held_examples)
     decays = {(p.ndim > 1, group["weight_decay"]) for group in run.optimizer.param_groups
               for p in group["params"]}
     assert decays == {(True, 0.25), (False, 0.0)}
 
 
-def test_every_step_has_its_own_noise_and_no_held_out_row(here, monkeypatch):
-    write_data("data.jsonl", 40)
-    run, (first, second) = recorded_run(monkeypatch, *MDLM, "--steps", 2, "--data", "data.jsonl")
-    assert not torch.equal(first.t, second.t)
-    assert len(run.examples) == 36 and len(run.held_examples) == 4
-    assert not any(row in run.examples for row in run.held_examples)
-
-
-def test_the_closed_book_is_hidden_from_the_canvas_and_exact_in_its_last_steps(here, monkeypatch):
-    exact = []
-    loss = memdlm.loss_closed_book
-    monkeypatch.setattr(memdlm, "loss_closed_book", lambda *inputs:
-                        exact.append(inputs[-1]) or loss(*inputs))
-    _, batches = recorded_run(monkeypatch, *CLOSED_BOOK, "--steps", 4, "--exact_from", 0.5,
-                              "--plain_share", 0, "--full_share", 0, "--window", 1)
-    assert exact == [False, False, True, True]
-    assert all(b.text.any() and not (b.text & b.attend).any() for b in batches)
-
+@pytest.mark.parametrize("method, loss", [
+    (CLOSED_BOOK, "loss_closed_book"), (RESPONSE, "loss_memdlm")], ids=["closed", "memdlm"])
+def test_the_gradient_is_exact_in_the_last_steps_and_a_text_to_write_hidden_from_the_canvas(
+        quick, monkeypatch, method, loss):
+    losses = spied(monkeypatch, memdlm, loss)
+    batches = spied(monkeypatch, train.Run, "batch")
+    run_train(*method, "--steps", 4, "--exact_from", 0.5, "--plain_share", 0, "--full_share", 0,
+              "--eval_every", 4)
+    assert [inputs[-1] for inputs, _ in losses] == [False, False, True, True]
+    for _, (batch, _) in batches[-4:]:
+        assert batch.text.any() == (method is CLOSED_BOOK)
+        assert not (batch.text & batch.attend).any()
 
 
 def write_data(file, n):
     """n multikey samples as a JSONL file."""
     samples = niah.make_samples(["multikey"], 40, n, 0)
-    rows = [json.dumps({"prompt": s.prompt, "response": s.answer}) for s in samples]
-    Path(file).write_text("\n".join(rows))
+    write_lines(file, [{"prompt": s.prompt, "response": s.answer} for s in samples])
 
 
 def small_folder(folder, family="llada", **more):
@@ -2664,22 +2549,12 @@ def small_folder(folder, family="llada", **more):
     niah.tiny_tokenizer().save_pretrained(folder)
 
 
-def test_two_processes_with_sharded_frozen_layers_equal_one_with_the_joined_batch(here):
-    small_folder(here / "base")
+@pytest.fixture
+def on_data(quick):
+    """The flags of a run on the miniature of LLaDA in `base` and the examples in data.jsonl."""
+    small_folder(quick / "base")
     write_data("data.jsonl", 40)
-    options = ["--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--steps", 3,
-               "--lr", "1e-2", "--lora", 4, "--lora_dropout", 0, "--rank", 4, "--n_eval", 0,
-               "--max_len", 64,
-               "--device", "cpu"]
-    run_train(*options, "--batch_size", 4, "--out", "one")
-    in_two_processes(HERE / "train.py", *options, "--batch_size", 2, "--out", "two")
-    losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
-    assert len(losses[0]) == 3
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    two = weights_of("two")
-    for name, weight in weights_of("one").items():
-        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
-
+    return ["--backbone", "base", "--data", "data.jsonl", "--max_len", "64"]
 
 
 def test_a_byte_order_mark_empty_lines_and_nulls_change_nothing(here):
@@ -2690,27 +2565,19 @@ def test_a_byte_order_mark_empty_lines_and_nulls_change_nothing(here):
     assert read_jsonl("odd.jsonl") == read_jsonl("good.jsonl")
 
 
-
-def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_spelled(here):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    options = ["--method", "mdlm", *SMALL, "--max_len", 64, "--save_every", 1, "--steps", 2]
+def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_spelled(on_data):
+    options = [*MDLM, *on_data, "--save_every", 1, "--steps", 2, "--out", "run"]
     with killed_at(1):
-        run_train(*options, "--backbone", "base", "--data", "data.jsonl", "--out", "run")
+        run_train(*options)
     shutil.copytree("base", "moved")
-    lines = Path("data.jsonl").read_text().splitlines()
-    Path("less.jsonl").write_text("\n".join(lines[5:]))
+    small_folder(Path("other"), rope_theta=2.0)
+    write_lines("less.jsonl", rows_in("data.jsonl")[5:])
     for changed, message in ((["--data", "less.jsonl"], "the data was"),
                              (["--backbone", "other"], "the backbone was")):
-        write_checkpoint(here / "other", "llada", vocab_size=139, embedding_size=139,
-                         mask_token_id=1, eos_token_id=2, rope_theta=2.0)
-        niah.tiny_tokenizer().save_pretrained("other")
         with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
-            run_train(*options, "--backbone", "base", "--data", "data.jsonl", "--out", "run",
-                      "--resume", *changed)
-    run_train(*options, "--backbone", "moved", "--data", "./data.jsonl", "--out", "run", "--resume")
+            run_train(*options, "--resume", *changed)
+    run_train(*options, "--resume", "--backbone", "moved", "--data", "./data.jsonl")
     assert len(log_of("run")) == 2
-
 
 
 def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
@@ -2727,21 +2594,10 @@ def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
     assert asked and not any("*.safetensors" in patterns for patterns in asked)
 
 
-
-def test_killed_before_the_first_checkpoint_a_resumed_run_logs_each_step_once(here, capsys):
-    options = [*MDLM, "--steps", 4, "--out", "run"]
-    with killed_at(2):
-        run_train(*options)
-    run_train(*options, "--resume")
-    assert "starts from the beginning" in capsys.readouterr().out
-    assert [row["step"] for row in log_of("run")] == [0, 1, 2, 3]
-
-
-def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(here):
-    run_train(*SLOTS, "--unroll", 2, "--steps", 4, "--eval_every", 1, "--lr", "1e-2",
-              "--out", "run")
+def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(quick):
+    run_train(*SLOTS, "--unroll", 2, "--steps", 3, "--lr", "1e-2", "--out", "run")
     rows = log_of("run")
-    assert len({row["held_out_metastate"] for row in rows}) == 4
+    assert len({row["held_out_metastate"] for row in rows}) == 3
     assert "held_out_off" not in rows[0]
     run_train(*RESPONSE, "--steps", 1, "--out", "memdlm")
     assert "held_out_off" in log_of("memdlm")[0]
@@ -2755,11 +2611,8 @@ def test_metastates_memory_estimate_counts_every_unrolled_step():
         assert kept[2][part] == 2 * kept[1][part] == 4 * kept[0][part]
 
 
-def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    run_train("--method", "memdlm", "--backbone", "base", "--data", "data.jsonl", "--epochs", 1,
-              "--device", "cpu", "--n_eval", 0, "--max_len", 64)
+def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_data):
+    run_train("--method", "memdlm", *on_data, "--epochs", 1, "--device", "cpu", "--n_eval", 0)
     state = train.read_state("runs/memdlm/resume.pt")
     wanted = dict(loss_weight="1/t", warmup=0.1, lora=32, lora_dropout=0.05, beta2=0.999,
                   weight_decay=0.0, lr=2e-5, batch_size=2, full_share=0.0, rank=32, alpha=64.0,
@@ -2767,51 +2620,30 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(here):
     assert {k: state["settings"][k] for k in wanted} == wanted
     # one of 40 examples in ten is held out; two rows a step
     assert state["step"] == (40 - 4) // 2
-    assert {g["betas"] for g in state["optimizer"]["param_groups"]} == {(0.9, 0.999)}
-    assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0}
+    for group in state["optimizer"]["param_groups"]:
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.0)
     adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
 
 
-def test_defaults_depend_on_the_backbone_and_on_the_data():
-    cfg = train.TrainConfig(data="data.jsonl")
-    assert train.fill_in(cfg, "llada", False) == "published"
-    assert (cfg.epochs, cfg.steps, cfg.max_len) == (5, None, 4096)
-    cfg = train.TrainConfig()
-    train.fill_in(cfg, "llada", False)
-    assert cfg.steps == 1000
-    cfg = train.TrainConfig(method="mdlm")
-    assert train.fill_in(cfg, "tiny", False) == "pretrain"
-    recipe = (cfg.loss_weight, cfg.warmup, cfg.beta2, cfg.weight_decay)
-    assert recipe == ("uniform", 0.03, 0.98, 0.01)
-    assert train.fill_in(train.TrainConfig(), "tiny", True) == "closed_book"
+@pytest.mark.parametrize("options, family, closed, stage, expected", [
+    (dict(data="a file"), "llada", False, "published", dict(epochs=5, steps=None, max_len=4096)),
+    (dict(), "llada", False, "published", dict(steps=1000)),
+    (dict(method="mdlm"), "tiny", False, "pretrain",
+     dict(loss_weight="uniform", warmup=0.03, beta2=0.98, weight_decay=0.01)),
+    (dict(), "tiny", True, "closed_book", dict())],
+    ids=["LLaDA on a file", "LLaDA on niah texts", "tiny from noise", "closed book"])
+def test_defaults_depend_on_the_backbone_and_on_the_data(options, family, closed, stage, expected):
+    cfg = train.TrainConfig(**options)
+    assert train.fill_in(cfg, family, closed) == stage
+    assert expected.items() <= vars(cfg).items()
 
 
-def test_dropout_is_drawn_from_seed_and_step_and_is_off_outside_of_training(here, monkeypatch):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    options = ["--method", "mdlm", "--backbone", "base", "--data", "data.jsonl", "--max_len", 64,
-               "--steps", 4, "--lora", 4, "--lora_dropout", 0.5, "--save_every", 2, "--lr", "1e-2",
-               "--n_eval", 0, "--device", "cpu"]
-    modes = {"batch": set(), "held_out_loss": set()}
-
-    def watch(name):
-        function = getattr(train.Run, name)
-
-        def watched(self, *inputs):
-            modes[name].add(self.backbone.training)
-            return function(self, *inputs)
-        monkeypatch.setattr(train.Run, name, watched)
-    watch("batch")
-    watch("held_out_loss")
-    run_train(*options, "--out", "whole")
-    with killed_at(3):
-        run_train(*options, "--out", "parts")
-    run_train(*options, "--out", "parts", "--resume")
-    whole, parts = weights_of("whole"), weights_of("parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert modes == {"batch": {True}, "held_out_loss": {False}}
-
+def test_dropout_is_on_in_training_and_off_in_the_held_out_loss(quick, monkeypatch):
+    calls = spied(monkeypatch, F, "dropout")
+    run_train(*DROPOUT, "--steps", 2)
+    on = [key for key, _ in itertools.groupby(training for (_, _, training), _ in calls)]
+    assert on == [True, False, True, False]
 
 
 def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkeypatch):
@@ -2821,15 +2653,11 @@ def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(train.dist, "init_process_group", lambda kind, timeout: calls.append(kind))
-    cfg = train.TrainConfig()
-    train.join_ranks(cfg)
-    assert calls == [1, "nccl"]
-    assert cfg.device == "cuda:1"
-    calls.clear()
-    cfg = train.TrainConfig(device="cpu")
-    train.join_ranks(cfg)
-    assert calls == ["gloo"]
-    assert cfg.device == "cpu"
+    for asked, device, expected in ((None, "cuda:1", [1, "nccl"]), ("cpu", "cpu", ["gloo"])):
+        calls.clear()
+        cfg = train.TrainConfig(device=asked)
+        train.join_ranks(cfg)
+        assert (cfg.device, calls) == (device, expected)
 
 
 def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
@@ -2848,18 +2676,14 @@ def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here,
 
 
 BOOK = '{"context": "river = 47 . stone = 12 .", "prompt": "? river =", "response": "47"}'
-
 OTHER_BOOK = '{"context": "river = 33 .", "prompt": "? river =", "response": "33"}'
 
 
-def test_the_closed_book_needs_a_context_in_every_line_of_its_data(here):
+def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_prompt_elsewhere(here):
     Path("open.jsonl").write_text("\n".join([BOOK, GOOD_LINE]))
     with pytest.raises(ValueError, match='open.jsonl, line 2: .*needs a "context"'):
         run_train(*CLOSED_BOOK, "--data", "open.jsonl")
     assert not Path("runs").exists()
-
-
-def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere(here):
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
     whole = read_jsonl("book.jsonl")[0]
     hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
@@ -2872,52 +2696,37 @@ def test_a_context_is_hidden_in_the_closed_book_and_part_of_the_prompt_elsewhere
     assert torch.equal(batch.x0[0], batch.x0[1])
 
 
-
-def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(here):
+def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(quick):
     run_train(*MDLM, "--steps", 1, "--out", "reader")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--out", "noise")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--out", "one")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "one", "--fraction", 1.0, "--out", "two")
-    run_train(*CLOSED_BOOK, "--steps", 1, "--init", "reader", "--lora", 2, "--out", "adapter")
     found = {}
-    for run in ("reader", "noise", "one", "two", "adapter"):
+    for run, start in (("noise", []), ("one", ["--init", "reader"]),
+                       ("two", ["--init", "one", "--fraction", "1.0"]),
+                       ("adapter", ["--init", "reader", "--lora", "2"])):
+        run_train(*CLOSED_BOOK, "--steps", 1, *start, "--out", run)
         model = load_backbone(run, "cpu")
         found[run] = (model.cfg.conv_residual, [b.ffn_conv is not None for b in model.layers])
-    assert found == {"reader": (False, [False, False, False]),
-                     "noise": (True, [False, False, False]),
+    assert found == {"noise": (True, [False, False, False]),
                      "one": (False, [False, False, True]),
                      "two": (False, [False, False, True]),
                      "adapter": (False, [False, False, False])}
 
 
-def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(here, monkeypatch):
+def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(quick, monkeypatch):
     """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
     Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
-    written = []
-    write = memdlm.write_text
-
-    def spy(backbone, ids, *rest, **more):
-        written.append(len(ids))
-        return write(backbone, ids, *rest, **more)
-    monkeypatch.setattr(memdlm, "write_text", spy)
-    options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0]
-    run_train(*options, "--steps", 2, "--plain_share", 0, "--out", "closed")
-    assert written == [8, 8]
-    assert len(log_of("closed")) == 2
-    run_train(*options, "--steps", 2, "--plain_share", 1, "--out", "plain")
-    assert written == [8, 8]
+    written = spied(monkeypatch, memdlm, "write_text")
+    options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0, "--steps", 2]
+    for plain_share in (0, 1):
+        run_train(*options, "--plain_share", plain_share, "--out", f"plain-{plain_share}")
+        assert [len(ids) for (_, ids, *_), _ in written] == [8, 8]
     with pytest.raises(ValueError, match="--questions"):
-        run_train(*options, "--steps", 2, "--questions", 4, "--out", "shared")
-
+        run_train(*options, "--questions", 4, "--out", "shared")
 
 
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 ON_PRETRAINED = "--init runs/pretrained-seed{s}"
-
 ON_256 = "--init runs/pretrained-256-seed{s}"
-
 UP_TO_256 = "--length 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
-
 UNROLLED = f"--method metastate {ON_PRETRAINED}"
 
 # without slots: about as many seconds as MetaState's updates take, on the same tasks
@@ -2963,7 +2772,6 @@ RUNS = {
     "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
 
 
-
 def ensure(name, seed):
     """The folder of a run, trained first if it is not there."""
     folder = Path(f"runs/{name}-seed{seed}")
@@ -2981,11 +2789,8 @@ def run_script(name, *arguments):
     subprocess.run([str(x) for x in command], check=True)
 
 
-
 def log_rows(run, seed):
-    log = (ensure(run, seed) / "log.jsonl").read_text()
-    return [json.loads(line) for line in log.splitlines()]
-
+    return log_of(ensure(run, seed))
 
 
 def losses(runs, seeds):
@@ -2998,7 +2803,6 @@ def losses(runs, seeds):
         held_out = rows[-1]["held_out_off"]
         lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
     return "\n".join(lines)
-
 
 
 # --------------------------------------------------------------------------------------------------
