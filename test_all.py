@@ -2808,82 +2808,53 @@ def losses(runs, seeds):
 # --------------------------------------------------------------------------------------------------
 # 7. What is shown: traces, pages, files and the README.
 
-class Hostile:
-    """A tokenizer every token of which clears the screen and ends a page's script."""
-    def decode(self, ids, skip_special_tokens=True):
-        return "\x1b[2J\x9b2J\x07\rx</script><b>&amp;" * len(ids)
+def data_of(page):
+    return json.loads(re.search(r'json">(.*)</script>', page)[1])
 
 
 def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
     """A viewer that has decoded the prompts."""
     model = random_backbone()
     viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
+    prompts = [torch.tensor(ids) for ids in prompts]
     viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
     return viewer
 
 
-def test_watching_and_answers_print_no_control_characters(capsys):
-    viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], watch=True)
+def test_no_token_sends_control_characters_to_the_screen_or_markup_into_a_page(capsys):
+    text = "\x1b[2J\x9b2J\x07\rx</script><b>&amp;"
+    hostile = argparse.Namespace(decode=lambda ids, **_: text * len(ids))
+    viewer = viewer_after(sample.no_memory, hostile, [[5, 6]], watch=True, gen_length=3)
     said = capsys.readouterr().out
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
-
-
-
-class Page(HTMLParser):
-    """The tags of a page and the data in it."""
-    def __init__(self, text):
-        super().__init__()
-        self.tags = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_data(self, text):
-        if self.tags and self.tags[-1] == "script" and text.startswith("{"):
-            self.data = json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def plain_page():
-    """Two prompts, decoded by a model without memory -> what the page holds, and its viewer."""
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), prompts, gen_length=5)
-    return Page(sample.page("plain", [viewer])).data, viewer
-
-
-def test_a_page_holds_every_token_of_every_step(plain_page):
-    data, viewer = plain_page
-    assert len(data["rows"]) == 2 and len(viewer.frames) == 6
-    for row, shown in enumerate(data["rows"]):
-        frames = shown["arms"][0]["frames"]
-        assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
-        assert [f["kind"].count(0) for f in frames] == [5, 4, 3, 2, 1, 0]
-        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
+    page = sample.page("</script><img src=x>", [viewer])
+    assert page.count("<") == sample.PAGE.count("<")
+    assert data_of(page)["title"] == "</script><img src=x>"
+    assert data_of(page)["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
 
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
-def test_a_frame_holds_the_models_probability_of_what_it_committed(settings):
-    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
-                          gen_length=6, **settings)
+def test_a_page_holds_all_tokens_of_all_steps_and_the_models_probability_of_what_it_committed(
+        settings):
+    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [[5, 6, 7], [8]], gen_length=6,
+                          **settings)
+    rows = data_of(sample.page("plain", [viewer]))["rows"]
+    assert len(rows) == 2
+    for row, shown in enumerate(rows):
+        frames = shown["arms"][0]["frames"]
+        assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
+        masks = [f["kind"].count(0) for f in frames]
+        assert masks == sorted(range(7), reverse=True) or "threshold" in settings
+        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
     for before, after in zip(viewer.frames, viewer.frames[1:]):
         canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
-        logits = viewer.backbone(torch.cat([viewer.prompt, canvas], 1))[:, 3:]
+        attend = torch.cat([viewer.attend, torch.ones_like(canvas)], 1)
+        logits = viewer.backbone(torch.cat([viewer.prompt, canvas], 1), attend)[:, 3:]
         p = logits.softmax(-1).gather(-1, after.tokens[..., None])[..., 0]
         now = after.kind == 2
         assert now.any()
         torch.testing.assert_close(after.sure[now], p[now])
-
-
-def test_no_token_and_no_prompt_can_put_markup_into_a_page():
-    viewer = viewer_after(sample.no_memory, Hostile(), [torch.tensor([5, 6])], gen_length=3)
-    page = Page(sample.page("</script><img src=x>", [viewer]))
-    empty = Page(sample.PAGE.replace("DATA", "{}"))
-    assert page.tags == empty.tags
-    assert page.data["title"] == "</script><img src=x>"
-    assert page.data["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
 
 
 def test_a_page_needs_no_network():
@@ -2892,51 +2863,33 @@ def test_a_page_needs_no_network():
 
 def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
     memory = memdlm.prompt_memory(MEM)
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
-    viewer = viewer_after(memory, niah.tiny_tokenizer(), prompts, gen_length=3)
-    shown = Page(sample.page("phi", [viewer])).data["rows"][1]["panels"][0]
+    viewer = viewer_after(memory, niah.tiny_tokenizer(), [[5, 6, 7], [8, 9]], gen_length=3)
+    shown = data_of(sample.page("phi", [viewer]))["rows"][1]["panels"][0]
     model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
-    _, phi = memory(model, prompts[1][None], None, 2)
+    _, phi = memory(model, torch.tensor([[8, 9]]), None, 2)
     for i, canvas in enumerate([[mask, 9], [8, mask]]):
         off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
-        expected = (on - off)[prompts[1][i]].item()
-        assert shown["values"][0][i] == pytest.approx(expected, abs=1e-4)
+        assert shown["values"][0][i] == pytest.approx((on - off)[8 + i].item(), abs=1e-4)
 
 
 def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
-    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [torch.tensor([5, 6, 7])],
-                          gen_length=3)
-    values = Page(sample.page("slots", [viewer])).data["rows"][0]["panels"][0]["values"]
+    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [[5, 6, 7]], gen_length=3)
+    values = data_of(sample.page("slots", [viewer]))["rows"][0]["panels"][0]["values"]
     assert values[0] is None and len(values) == 4
     assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
 
 
-def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here, capsys):
+def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here):
     argv = [*new_checkpoint(), "--device", "cpu", "--html", "page.html"]
     assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
-    row = Page(Path("page.html").read_text()).data["rows"][0]
+    row = data_of(Path("page.html").read_text())["rows"][0]
     assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
     assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
                                                            "? river =".split()]
 
 
-
-RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
-          "length": 20, "answer_prefix": " =", "index": 7},
-         {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
-
-
-
 FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
          "test_all.py"]
-
-
-def readme_commands():
-    """Every indented `python ...` or `torchrun ...` line of the README, without its comment."""
-    text = (HERE / "README.md").read_text()
-    lines = re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text, flags=re.M)
-    commands = [re.sub(r"^torchrun \S+", "python", line.split("   #")[0].strip()) for line in lines]
-    return [c for c in commands if "pytest" not in c and "-m " not in c]
 
 
 def write_word_tokenizer(folder, words):
@@ -2949,69 +2902,47 @@ def write_word_tokenizer(folder, words):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-REAL_NAMES = {"LLaDA-8B-Instruct": "llada", "LLaDA-8B-Base": "llada",
-              "Dream-v0-Instruct-7B": "dream", "LLaDA-MoE-7B-A1B-Base": "llada_moe"}
-
-
-def write_small_checkpoints(folder, commands):
-    """Tiny checkpoints of the right layout that know every word they will be asked for."""
-    texts = [niah.INTRO, *commands]
-    words = [word for text in texts for word in [*text.split(), *re.findall(r"[\w?']+", text)]]
-    vocabulary = dict.fromkeys([*niah.vocabulary(), *words])
-    sizes = dict(vocab_size=len(vocabulary), embedding_size=len(vocabulary), mask_token_id=1,
-                 eos_token_id=2, max_position_embeddings=512, max_sequence_length=512)
-    for name, family in REAL_NAMES.items():
+def write_small_checkpoints(folder):
+    """Tiny checkpoints of the right layout that know the words of niah.py."""
+    words = dict.fromkeys([*niah.vocabulary(), *niah.INTRO.split()])
+    sizes = dict(vocab_size=len(words), embedding_size=len(words), mask_token_id=1, eos_token_id=2,
+                 max_position_embeddings=512, max_sequence_length=512)
+    for name, family in (("LLaDA-8B-Instruct", "llada"), ("Dream-v0-Instruct-7B", "dream"),
+                         ("LLaDA-MoE-7B-A1B-Base", "llada_moe")):
         known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
         write_checkpoint(folder / name, family, **known)
-        write_word_tokenizer(folder / name, vocabulary)
+        write_word_tokenizer(folder / name, words)
 
 
-SHORT = {"test_all.py": [],
-         "train.py": ["--steps", "1", "--n_eval", "1", "--batch_size", "4",
-                      "--accumulate", "1", "--length", "32", "--max_len", "500",
-                      "--device", "cpu"],
-         "niah.py": ["--n", "2", "--device", "cpu"],
-         "sample.py": ["--device", "cpu"]}
-
-SMALL_SLOTS = ["--unroll", "2", "--slot_dim", "32", "--slot_heads", "4", "--cond_dim", "32"]
+SHORT = {"test_all.py": "", "sample.py": "--device cpu", "niah.py": "--n 2 --device cpu",
+         "train.py": "--steps 1 --n_eval 1 --batch_size 4 --accumulate 1 --length 32 "
+                     "--max_len 500 --device cpu"}
 
 
-def shortened(command):
-    """A command of the README -> its script and its arguments, at sizes that take a second."""
-    _, script, *argv = shlex.split(re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", command))
-    if script == "train.py" and "--backbone" in argv and "--unroll" not in argv:
-        argv += SMALL_SLOTS
-    if script == "niah.py" and "--lengths" in argv:
-        start = stop = argv.index("--lengths") + 1
-        while stop < len(argv) and not argv[stop].startswith("--"):
-            stop += 1
-        argv[start:stop] = ["64"]
-    if script == "test_all.py" and argv[0] in ("--slots", "--exposure"):
-        argv += ["--n", "2"] + ["--passes", "2"] * (argv[0] == "--slots")
-    # The shell would have expanded file patterns.
-    files = [sorted(glob.glob(a)) if "?" in a and "/" in a else [a] for a in argv]
-    argv = [a for some in files for a in some]
-    return script, argv if "--explain" in argv else argv + SHORT[script]
-
-
-BY_THE_MINUTE = "--bench", "--tables", "--starter"
+def readme_commands():
+    """Every indented `python ...` or `torchrun ...` line of the README -> its script and arguments,
+    at sizes that take a second; but for pytest and measurements by hand that take minutes."""
+    text = re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", (HERE / "README.md").read_text())
+    lines = re.findall(r"^    (?:.*&& )?(?:python|torchrun \S+) (\w+\.py .*)$", text, flags=re.M)
+    for script, *argv in (shlex.split(line, comments=True) for line in lines):
+        if script == "train.py" and "--backbone" in argv:
+            argv += "--unroll 2 --slot_dim 32 --slot_heads 4 --cond_dim 32".split()
+        if argv[0] == "--slots":
+            argv += ["--n", "2", "--passes", "2"]
+        if argv[0] not in ("--bench", "--tables", "--starter"):
+            yield script, argv + SHORT[script].split()
 
 
 def test_every_command_of_the_readme_runs(here):
-    """But for the measurements by hand that take minutes."""
-    commands = readme_commands()
+    commands = list(readme_commands())
     assert len(commands) >= 10
-    write_data("train.jsonl", 12)
-    write_data("longalpaca.jsonl", 12)
-    write_data("gsm8k.jsonl", 2)
+    for file, n in (("train", 12), ("longalpaca", 12), ("gsm8k", 2)):
+        write_data(f"{file}.jsonl", n)
     write_lines("4096/data/vt/validation.jsonl", RULER)
-    write_small_checkpoints(here / "Org", commands)
+    write_small_checkpoints(here / "Org")
     main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
             "test_all.py": by_hand}
-    for command in commands:
-        script, argv = shortened(command)
-        if script == "test_all.py" and argv[0] in BY_THE_MINUTE:
-            continue
+    for script, argv in commands:
         if script == "train.py":                # which never writes over an earlier run
             shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
         sys.argv = [script, *argv]
@@ -3019,53 +2950,35 @@ def test_every_command_of_the_readme_runs(here):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_only_the_five_packages_and_what_transformers_brings_are_imported(file):
+def test_a_file_imports_five_packages_at_most_runs_no_checkpoints_code_and_fits_100_columns(file):
+    text = (HERE / file).read_text()
+    assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
+    # the five, and what transformers brings
     allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
                "safetensors", "huggingface_hub", "tokenizers"}
     allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
     names = set()
-    for node in ast.walk(ast.parse((HERE / file).read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
     assert {name.split(".")[0] for name in names} <= allowed
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_line_is_wider_than_100_columns(file):
-    lines = (HERE / file).read_text().splitlines()
-    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-@pytest.mark.parametrize("file", FILES[:-1])
-def test_no_code_from_a_checkpoint_is_ever_run(file):
-    text = (HERE / file).read_text()
-    assert not re.search(r"trust_remote_code\s*=", text)
-    assert text.count("torch.load(") == text.count("weights_only=True")
-
-
-def equations_in(docstring):
-    """The header's "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled" as pairs."""
-    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", docstring, flags=re.M | re.S)[1]
-    return re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
-
-
-def functions_in(module):
-    """{name: source} of all functions and methods; of those with one name, the first."""
-    text = inspect.getsource(module)
-    found = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            found.setdefault(node.name, ast.get_source_segment(text, node))
-    return found
+    if file != "test_all.py":
+        assert not re.search(r"trust_remote_code\s*=", text)
+        assert text.count("torch.load(") == text.count("weights_only=True")
 
 
 @pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
 def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, number):
     """As a number or a formula; an equation that is only named must have a function."""
-    functions = functions_in(module)
-    found = equations_in(module.__doc__)
+    source = inspect.getsource(module)
+    functions = {node.name: ast.get_source_segment(source, node)
+                 for node in reversed(list(ast.walk(ast.parse(source))))
+                 if isinstance(node, ast.FunctionDef)}
+    # "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled"
+    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", module.__doc__, flags=re.M | re.S)[1]
+    found = re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
     assert len(found) >= number
     for equation, function in found:
         assert function in functions
@@ -3073,369 +2986,203 @@ def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, 
             assert re.search(rf"{re.escape(equation)}(?!\d)", functions[function]), equation
 
 
-
 # --------------------------------------------------------------------------------------------------
 # 8. Refusals: what was wrong, where, what to do; and nothing is lost.
 
-def test_words_outside_the_closed_vocabulary_are_named():
-    with pytest.raises(ValueError, match="outside the closed vocabulary: hello world"):
-        bb.encode(niah.tiny_tokenizer(), "the hello sky world")
+def why(call, *inputs, **options):
+    """The message with which a call refuses what it is given."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        call(*inputs, **options)
+    return str(caught.value)
 
 
-
-ANSWERED = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
-
-THINKS = ANSWERED + "{% if add_generation_prompt %}<think>{% endif %}"
-
+def says(message, words):
+    """Does a message hold each of these words, and not only as a part of another?"""
+    return all(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", message) for w in words.split())
 
 
-@pytest.mark.parametrize("template, line, message", [
-    (THINKS, ASKED, "does not start with its prompt, which ends with .*<think>"),
-    ("{{ raise_exception('roles!') }}", ASKED, "refuses these messages .*roles!"),
-    (LLADA_TEMPLATE, ASKED.replace("72", " "), "the response is empty"),
-    (LLADA_TEMPLATE, CHAT_OF % '""', "the response is empty"),
-    (LLADA_TEMPLATE, CHAT_OF % '"", "tool_calls": [{"name": "f"}]', "dropped .tool_calls"),
-    (LLADA_TEMPLATE, CHAT_OF % '"72", "weight": 0', "dropped .*weight"),
-    (LLADA_TEMPLATE, ASKED.replace("72", "<extra>"), "'<extra>' has the id 262, .* only 262 emb")])
-def test_what_a_template_or_a_tokenizer_would_spoil_is_refused_with_file_and_line(
-        llada_chat, tmp_path, template, line, message):
-    tokenizer, cfg = llada_chat
-    tokenizer.chat_template, cfg.vocab_size = template, len(tokenizer)
-    tokenizer.add_tokens(["<extra>"])
-    (tmp_path / "data.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=f"data.jsonl, line 1: .*{message}"):
-        train.read_jsonl(tmp_path / "data.jsonl", tokenizer, cfg, 200)
-
-
-
-def test_a_tokenizer_with_another_vocabulary_than_the_models_is_refused(tmp_path):
-    bb.save_backbone(random_backbone(vocab_size=139), tmp_path, niah.tiny_tokenizer())
-    vocabulary = (tmp_path / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(vocabulary.replace('"river"', '"lake"'))
-    with pytest.raises(ValueError, match="another vocabulary"):
-        load_tokenizer(tmp_path)
-
-
-def truncate(folder, tensors):
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def leave_out_the_last_norm(folder, tensors):
-    kept = {k: v for k, v in tensors.items() if "ln_f" not in k}
-    save_file(kept, folder / "model.safetensors")
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def remove_the_config(folder, tensors):
-    (folder / "config.json").unlink()
-
-
-def break_the_config(folder, tensors):
-    (folder / "config.json").write_text("{")
-
-
-@pytest.mark.parametrize("damage, message", [
-    (truncate, "truncated or corrupted"),
-    (leave_out_the_last_norm, "missing model.transformer.ln_f.weight"),
-    (remove_the_config, "config.json is missing"),
-    (break_the_config, "not valid JSON")])
-def test_a_damaged_checkpoint_is_refused_and_the_damage_named(tmp_path, damage, message):
-    damage(tmp_path, write_checkpoint(tmp_path, "llada"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_backbone(tmp_path, "cpu")
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_layers=1), "unexpected model.transformer.blocks.1"),
-    (dict(mlp_hidden_size=95), "has shape"),
-    (dict(weight_tying=True), "weight_tying = True is not supported"),
-    (dict(architectures=["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported"),
-    (dict(architectures=["LLaDA2MoeModelLM"]), "not supported")])
-def test_a_config_that_does_not_fit_is_refused_and_the_entry_named(tmp_path, changes, message):
-    write_checkpoint(tmp_path, "llada")
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llada"], **changes}))
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder at .*nowhere"):
-        load_backbone(str(tmp_path / "nowhere"))
-
-
-
-# Family, changed entries of its config.json (a text: the whole file), what the message must say.
+# Family, changed entries of its config.json (a text: the whole file), words of the message.
 OURS = '{"architectures": ["Backbone"], "backbone": %s}'
 
-
 BAD_CONFIGS = [
-    ("llada", dict(n_layers="2"), "n_layers must be int, not '2'"),
-    ("llada", dict(d_model=64.0), "d_model must be int, not 64.0"),
-    ("llada", dict(n_heads=0), "n_heads must be at least 1"),
-    ("llada", dict(n_heads=None), "a llada config needs the entry n_heads"),
-    ("llada", dict(rms_norm_eps="1e-5"), "rms_norm_eps must be float"),
-    ("llada", dict(rms_norm_eps=math.nan), "rms_norm_eps must be"),
-    ("llada", dict(rope_theta=[1]), "rope_theta must be float"),
-    ("llada", dict(rope_full_precision="yes"), "rope_full_precision must be bool"),
-    ("llada", dict(n_kv_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
-    ("llada", dict(mask_token_id="60"), "mask_token_id must be int, not '60'"),
-    ("llada", dict(mask_token_id=80), "mask_id=80 lies outside the vocabulary of 80"),
-    ("llada", dict(mask_token_id=-1), "mask_token_id must be at least 0"),
-    ("llada", dict(mask_token_id=None), "mask_id=126336 lies outside the vocabulary of 80"),
-    ("llada", dict(eos_token_id=[61, 80]), "extra_stop_ids=80 lies outside the vocabulary of 80"),
-    ("llada", dict(eos_token_id=[61, "62"]), "eos_token_id must be int, not '62'"),
-    ("llada", dict(eos_token_id=[]), "eos_token_id must be int"),
-    ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling = {'factor': 2} is not supported"),
-    ("llada", dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4} is not"),
-    ("llada", dict(weight_tying=1), "weight_tying = 1 is not supported"),
-    ("llada", dict(rope=None), "rope = None is not supported"),
-    ("llada", dict(mlp_hidden_size="96"), "mlp_hidden_size must be int"),
-    ("llada", dict(mlp_ratio="4", mlp_hidden_size=None), "needs the entry mlp_hidden_size"),
-    ("llada", dict(architectures="LLaDAModelLM"), "architectures must be a list of one name"),
-    ("llada", dict(architectures=[]), "architectures must be a list"),
-    ("llada", dict(architectures=None), "architectures must be a list"),
-    ("llada", dict(architectures=[["LLaDAModelLM"]]), "is not supported; known: "),
-    ("dream", dict(num_attention_heads="4"), "num_attention_heads must be int, not '4'"),
-    ("dream", dict(num_key_value_heads=3), "n_heads=4 is not a multiple of n_kv_heads=3"),
-    ("dream", dict(intermediate_size=None), "a dream config needs the entry intermediate_size"),
-    ("dream", dict(head_dim=15), "head_dim=15: RoPE needs two equal halves"),
-    ("dream", dict(quantization_config={"bits": 4}), "quantization_config = "),
-    ("dream", dict(rope_scaling={"type": "yarn"}), "rope_scaling = "),
-    # as transformers 5 writes them
-    ("dream", dict(rope_theta=None, rope_parameters={"rope_type": "linear", "rope_theta": 1e6,
-                                                     "factor": 2.0}), "rope_parameters = "),
-    ("llada", dict(rope_parameters={"rope_theta": 1e4}), "RoPE, with one rope_theta"),
-    ("llada", dict(rope_parameters="linear"), "rope_parameters = 'linear' is not supported"),
-    ("llada", dict(rope_theta=None), "rope_theta must be float, not None"),
-    ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 does not fit n_experts=8"),
-    ("llada_moe", dict(num_experts=0), "experts_per_token=3 does not fit n_experts=0"),
-    ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq: only ones"),
-    ("llada_moe", dict(moe_layer_freq="x"), "moe_layer_freq: only ones"),
-    ("llada_moe", dict(qk_layernorm=None), "a llada_moe config needs the entry qk_layernorm"),
-    ("llada", "[]", "must hold an object, not a list"),
-    ("llada", "[" * 100_000, "is not valid JSON"),
-    ("llada", '{"architectures": ["Backbone"]}', "backbone: expected an object, found NoneType"),
-    ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer is an unknown entry"),
-    ("llada", OURS % '{"n_layers": "3"}', "backbone: n_layers must be int"),
-    ("llada", OURS % '{"conv_width": 4}', "conv_width=4 is even"),
-    ("llada", OURS % '{"ffn_convs": 4}', "ffn_convs=4 is more than the layers"),
-    ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids must be a list"),
-]
+    ("llada", dict(n_layers=1), "unexpected model.transformer.blocks.1"),
+    ("llada", dict(n_layers=3), "missing model.transformer.blocks.2"),
+    ("llada", dict(mlp_hidden_size=95), "shape [96, 64] [95, 64]"),
+    ("llada", dict(mlp_ratio="4", mlp_hidden_size=None), "llada entry mlp_hidden_size"),
+    ("llada", dict(rms_norm_eps=math.nan), "rms_norm_eps finite nan"),
+    ("llada", dict(n_kv_heads=3), "n_heads=4 n_kv_heads=3"),
+    ("llada", dict(mask_token_id=None), "mask_id=126336 vocabulary 80"),
+    ("llada", dict(eos_token_id=[61, 80]), "extra_stop_ids=80 vocabulary 80"),
+    ("llada", dict(eos_token_id=[61, "62"]), "eos_token_id int '62'"),
+    ("llada", dict(eos_token_id=[]), "eos_token_id int []"),
+    ("llada", dict(quantization_config={"bits": 4}), "quantization_config {'bits': 4} supported"),
+    ("llada", dict(rope=None), "rope None supported"),
+    ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling {'factor': 2} supported"),
+    # as transformers 5 writes it
+    ("llada", dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters rope_theta 10000.0"),
+    ("llada", dict(rope_parameters="linear"), "rope_parameters 'linear' supported"),
+    ("llada", dict(rope_theta=None), "rope_theta float None"),
+    ("dream", dict(num_attention_heads="4"), "num_attention_heads int '4'"),
+    ("dream", dict(head_dim=15), "head_dim=15 RoPE"),
+    ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 n_experts=8"),
+    ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq ones"),
+    ("llada", dict(architectures=[["LLaDAModelLM"]]), "['LLaDAModelLM'] supported DreamModel"),
+    ("llada", dict(architectures="LLaDAModelLM"), "architectures list 'LLaDAModelLM'"),
+    ("llada", dict(architectures=[]), "architectures list []"),
+    ("llada", "[]", "object list"),
+    ("llada", "[" * 100_000, "valid JSON"),
+    ("llada", '{"architectures": ["Backbone"]}', "backbone: object NoneType"),
+    ("llada", OURS % '{"n_layer": 3}', "backbone: n_layer unknown"),
+    ("llada", OURS % '{"conv_width": 4}', "conv_width=4 even"),
+    ("llada", OURS % '{"ffn_convs": 4}', "ffn_convs=4 layers"),
+    ("llada", OURS % '{"extra_stop_ids": 3}', "extra_stop_ids list 3")]
 
 
-@pytest.mark.parametrize("family, change, message", BAD_CONFIGS)
-def test_a_bad_config_json_is_refused_with_file_and_entry(tmp_path, family, change, message):
-    path = tmp_path / "config.json"
+@pytest.mark.parametrize("family, change, words", BAD_CONFIGS, ids=lambda x: str(x)[:60])
+def test_a_bad_config_json_is_refused_with_folder_and_entry(tmp_path, family, change, words):
+    write_checkpoint(tmp_path, family)
     if isinstance(change, dict):
         change = json.dumps({**CONFIGS[family], **change})
-    path.write_text(change)
-    with pytest.raises(ValueError) as caught:
-        load_backbone(tmp_path, "cpu")
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
+    (tmp_path / "config.json").write_text(change)
+    assert says(why(load_backbone, tmp_path, "cpu"), f"{tmp_path} config {words}")
 
 
-
-@pytest.mark.parametrize("change, message", [
-    (lambda index: index.pop("weight_map"), "weight_map must be an object"),
-    (lambda index: index.update(weight_map=["a"]), "weight_map must be an object"),
-    (lambda index: index["weight_map"].update(x="../x.bin"), "'../x.bin', which is"),
-    (lambda index: index["weight_map"].update(x="/etc/passwd"), "'/etc/passwd', which is no file"),
-    (lambda index: index["weight_map"].update(x=3), "3, which is no file"),
-    (lambda index: index["weight_map"].clear(), "missing model.transformer"),
-])
-def test_a_bad_index_of_the_weights_is_named(tmp_path, change, message):
-    write_checkpoint(tmp_path, "llada")
-    path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
-
-
-def test_an_index_and_a_single_file_side_by_side_are_refused_by_name(tmp_path):
-    """What save_pretrained leaves behind in a sharded folder."""
-    save_file(write_checkpoint(tmp_path, "llada"), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="index.json and .*model.safetensors are two sets"):
-        load_backbone(tmp_path, "cpu")
-
-
-@pytest.mark.parametrize("dtype, message", [
-    (torch.int8, "q_proj.weight is I8"), (torch.float8_e4m3fn, "q_proj.weight is F8_E4M3"),
-    (torch.bool, "q_proj.weight is BOOL"),
-    (torch.bfloat16, "q_proj.weight is BF16, not F32 .*mixed"),
-    (None, "q_proj.weight holds NaN")])
-def test_weights_that_are_no_usable_floats_are_named(tmp_path, dtype, message):
-    key = "model.transformer.blocks.1.q_proj.weight"
-    tensors = write_checkpoint(tmp_path, "llada")
-    if dtype is None:
-        tensors[key][3, 3] = math.nan
-    else:
-        tensors[key] = tensors[key].to(dtype)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tmp_path, "cpu")
-    if dtype is torch.bfloat16:
-        assert load_backbone(tmp_path, "cpu", torch.bfloat16).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_are_found_in_large_weights_on_the_cpu_too(tmp_path, value):
+def test_weights_that_are_no_usable_floats_or_not_finite_are_named(tmp_path):
+    """Also in a large matrix, (16000, 64), on the CPU."""
     tensors = write_checkpoint(tmp_path, "llada", torch.bfloat16, embedding_size=16_000)
-    tensors["model.transformer.wte.weight"][-1, -2] = value                        # (16000, 64)
     (tmp_path / "model.safetensors.index.json").unlink()
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="wte.weight holds NaN or infinity"):
-        load_backbone(tmp_path, "cpu")
+    for name, value, dtype, words in (("wte", math.nan, torch.bfloat16, "NaN"),
+                                      ("wte", math.inf, torch.bfloat16, "infinity"),
+                                      ("wte", -math.inf, torch.bfloat16, "infinity"),
+                                      ("blocks.1.q_proj", 0, torch.float8_e4m3fn, "F8_E4M3"),
+                                      ("blocks.1.q_proj", 0, torch.float32, "F32 BF16 mixed")):
+        key = f"model.transformer.{name}.weight"
+        bad = tensors[key].clone()
+        bad[-1, -2] = value
+        bb.write_atomically(tmp_path / "model.safetensors", functools.partial(
+            save_file, {**tensors, key: bad.to(dtype)}))
+        assert says(why(load_backbone, tmp_path, "cpu"), f"{key} {words}")
+    assert load_backbone(tmp_path, "cpu", torch.float32).dtype == torch.float32
 
 
-# Changed entries of adapter_config.json (None: taken out), what the message must say.
-BAD_ADAPTERS = [
-    (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa' is not supported"),
-    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights = "),
-    (dict(init_lora_weights="olora"), "init_lora_weights = 'olora' is not supported"),
-    (dict(init_lora_weights="corda"), "init_lora_weights = "),
-    (dict(init_lora_weights="loftq"), "init_lora_weights = "),
-    (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
-    (dict(use_dora=True), "use_dora = True is not supported"),
-    (dict(rank_pattern={"q": 2}), "rank_pattern = "),
-    (dict(r=8), r"lora_A.weight has shape \[4, 32\], expected \[8, 32\]"),
-    (dict(r="4"), "r must be int"),
-    (dict(r=0), "r must be at least 1"),
-    (dict(r=None), ": r is missing"),
-    (dict(lora_alpha=None), ": lora_alpha is missing"),
-    (dict(lora_alpha=-8), "lora_alpha must be"),
-    (dict(lora_alpha=math.nan), "lora_alpha must be"),
-    (dict(lora_alpha="8"), "lora_alpha must be float"),
-    (dict(lora_alpha=9), "trained with lora_alpha = 8"),
-    (dict(lora_dropout="no"), "lora_dropout must be float"),
-    (dict(base_model_name_or_path=None), ": base_model_name_or_path is missing"),
-    (dict(base_model_name_or_path=3), "base_model_name_or_path must be str"),
-]
-
-
-@pytest.mark.parametrize("change, message", BAD_ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused_with_file_and_entry(tmp_path, change, message):
-    model = random_backbone()
-    bb.save_backbone(model, tmp_path / "base", None)
-    bb.save_adapter(model.add_lora(4, 8), tmp_path / "adapter", tmp_path / "base")
-    path = tmp_path / "adapter/adapter_config.json"
-    config = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    with pytest.raises(ValueError, match=message) as caught:
-        load_backbone(tmp_path / "adapter", "cpu")
-    assert str(tmp_path / "adapter") in str(caught.value)
+def test_files_that_are_cut_short_missing_or_of_another_checkpoint_are_named(tmp_path):
+    save_file(write_checkpoint(tmp_path / "a", "llada"), tmp_path / "a/model.safetensors")
+    # what save_pretrained leaves behind in a sharded folder
+    index = tmp_path / "a/model.safetensors.index.json"
+    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} model.safetensors two")
+    (tmp_path / "a/model.safetensors").unlink()
+    shard = tmp_path / "a/model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{shard} truncated corrupted")
+    for files, words in ((["a"], "['a']"), ({"x": 3}, "3"), ({"x": "../x.bin"}, "'../x.bin'")):
+        index.write_text(json.dumps({"weight_map": files}))
+        assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} weight_map {words}")
+    (tmp_path / "a/config.json").unlink()
+    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{tmp_path}/a/config.json missing")
+    assert says(why(load_backbone, tmp_path / "b", "cpu"), f"no checkpoint folder {tmp_path}/b")
+    bb.save_backbone(random_backbone(vocab_size=139), tmp_path / "c", niah.tiny_tokenizer())
+    file = tmp_path / "c/tokenizer.json"
+    file.write_text(file.read_text().replace('"river"', '"lake"'))
+    assert says(why(load_tokenizer, tmp_path / "c"), f"{tmp_path}/c tokenizer another vocabulary")
+    (tmp_path / "c/memory.json").write_text('{"inner_lr": NaN}')
+    assert says(why(sample.inner_loop_settings, tmp_path / "c"), "c/memory.json: inner_lr nan")
+    for name, base in (("d", "d"), ("e", "f"), ("f", "e")):
+        bb.save_adapter(random_backbone().add_lora(4, 8), tmp_path / name, tmp_path / base)
+    for name, load in itertools.product("def", (load_backbone, load_tokenizer)):
+        assert says(why(load, tmp_path / name), f"{tmp_path}/{name} adapter too")
 
 
 # All entries of PEFT 0.21.2's LoraConfig. Refused: a value other than the default, for the
 # arithmetic is another then. Harmless: where an adapter sits is told by its tensors; configs of
 # initial values act through init_lora_weights alone; ensure_weight_tying needs tied weights.
-PEFT_REFUSED = dict(
-    peft_type="LOHA", revision="v2", fan_in_fan_out=True, bias="all", use_rslora=True,
-    modules_to_save=["norm"], init_lora_weights="lora_ga", rank_pattern={"q": 2},
-    alpha_pattern={"q": 2}, trainable_token_indices=[3], use_dora=True, velora_config={"a": 1},
-    alora_invocation_tokens=[5, 6], use_qalora=True, monteclora_config={"a": 1},
-    layer_replication=[[0, 1]], lora_bias=True, target_parameters=["w"], use_bdlora={"a": 1},
-    arrow_config={"a": 1}, kasa_config={"a": 1})
-
-PEFT_USED = "base_model_name_or_path r lora_alpha lora_dropout".split()
+PEFT_REFUSED = """peft_type revision fan_in_fan_out bias use_rslora use_dora modules_to_save
+    init_lora_weights rank_pattern alpha_pattern trainable_token_indices velora_config use_qalora
+    alora_invocation_tokens monteclora_config layer_replication target_parameters use_bdlora
+    lora_bias arrow_config kasa_config""".split()
 
 PEFT_HARMLESS = """task_type auto_mapping peft_version inference_mode target_modules exclude_modules
     layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config
     corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""".split()
 
+# Changed entry of adapter_config.json (None: taken out), words of the message.
+BAD_ADAPTERS = [
+    *((entry, "pissa", f"{entry} 'pissa' supported") for entry in PEFT_REFUSED),
+    ("r", 8, "lora_A.weight shape [4, 32] [8, 32]"), ("r", 0, "r at least 1"),
+    ("r", None, "r missing"), ("lora_alpha", -8, "lora_alpha -8"),
+    ("lora_alpha", 9, "trained lora_alpha 8 9"), ("lora_dropout", "no", "lora_dropout float"),
+    ("base_model_name_or_path", 3, "base_model_name_or_path str")]
 
-@pytest.mark.parametrize("entry", PEFT_REFUSED)
-def test_every_entry_of_peft_that_changes_the_arithmetic_is_refused_by_name(tmp_path, entry):
-    path = tmp_path / "adapter_config.json"
-    config = dict(base_model_name_or_path="x", r=4, lora_alpha=8, peft_type="LORA")
-    path.write_text(json.dumps({**config, **dict.fromkeys(PEFT_HARMLESS, "any")}))
-    bb.adapter_config(tmp_path)
-    path.write_text(json.dumps({**config, entry: PEFT_REFUSED[entry]}))
-    with pytest.raises(ValueError, match=f"adapter_config.json: {entry} = .* is not supported"):
-        bb.adapter_config(tmp_path)
+
+def test_every_entry_of_an_adapter_is_used_harmless_or_refused_by_name(tmp_path):
+    model = random_backbone()
+    bb.save_backbone(model, tmp_path / "base", None)
+    bb.save_adapter(model.add_lora(4, 8), tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    config = {**json.loads(path.read_text()), **dict.fromkeys(PEFT_HARMLESS, "any")}
+    path.write_text(json.dumps(config))
+    load_backbone(tmp_path / "adapter", "cpu")
+    for entry, value, words in BAD_ADAPTERS:
+        bad = {k: v for k, v in {**config, entry: value}.items() if v is not None}
+        path.write_text(json.dumps(bad))
+        assert says(why(load_backbone, tmp_path / "adapter", "cpu"), f"{tmp_path}/adapter {words}")
+    used = {f.name for f in dataclasses.fields(bb.AdapterConfig)}
+    assert used == {"base_model_name_or_path", "r", "lora_alpha", "lora_dropout"}
     assert set(bb.ADAPTER_REQUIRED) == set(PEFT_REFUSED)
-    assert {f.name for f in dataclasses.fields(bb.AdapterConfig)} == set(PEFT_USED)
 
 
-
-def test_an_adapter_whose_base_is_an_adapter_or_itself_is_refused(tmp_path):
-    model = random_backbone().add_lora(4, 8)
-    for name, base in (("a", "a"), ("b", "c"), ("c", "b")):
-        bb.save_adapter(model, tmp_path / name, tmp_path / base)
-    for name in "abc":
-        for load in (load_backbone, load_tokenizer):
-            with pytest.raises(ValueError, match="is an adapter too"):
-                load(tmp_path / name)
+THINKS = ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<think>{% endif %}")
 
 
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    def write(part):
-        Path(part).write_text("half")
-        raise error
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises((KeyboardInterrupt, SystemExit, OSError)):
-        bb.write_atomically(path, write)
-    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"file": "old"}
-
-
-def test_tokenizer_files_are_replaced_whole(tmp_path, monkeypatch):
-    tokenizer = niah.tiny_tokenizer()
-    model = random_backbone(vocab_size=138)
-    bb.save_backbone(model, tmp_path, tokenizer)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-
-    def interrupted(folder):
-        (Path(folder) / "tokenizer.json").write_text("half")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(tokenizer, "save_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bb.save_backbone(model, tmp_path, tokenizer)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+@pytest.mark.parametrize("template, line, words", [
+    (THINKS, ASKED, "start prompt <think>"),
+    ("{{ raise_exception('roles!') }}", ASKED, "template roles!"),
+    (LLADA_TEMPLATE, CHAT_OF % '""', "response empty"),
+    (LLADA_TEMPLATE, ASKED.replace("72", "<extra>"), "'<extra>' 262")])
+def test_what_a_template_or_a_tokenizer_would_spoil_is_refused_with_file_and_line(
+        llada_chat, here, template, line, words):
+    tokenizer, cfg = llada_chat
+    tokenizer.chat_template, cfg.vocab_size = template, len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    Path("data.jsonl").write_text(line)
+    message = why(train.read_jsonl, "data.jsonl", tokenizer, cfg, 200)
+    assert says(message, f"data.jsonl line 1: {words}")
 
 
-def test_half_a_character_is_refused_by_name():
-    with pytest.raises(ValueError, match="lone surrogate '.ud800', at position 6"):
-        bb.encode(niah.tiny_tokenizer(), "river \ud800")
-
-
-def test_an_error_starts_on_a_line_of_its_own_when_a_progress_bar_is_open():
-    code = ("import backbone\nfrom tqdm import tqdm\n"
-            "def main():\n    bar = tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
-            "backbone.cli(main)\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == "error: no" and "\nerror: no" in ended.stderr
-
-
-def test_the_scripts_start_and_print_where_windows_lacks_modules_and_characters():
-    code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
-            "import backbone, niah, sample, train\nbackbone.cli(lambda: print('42 \u2603'))\n")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert (ended.returncode, ended.stdout) == (0, "42 ?\n"), ended.stderr
-
-
-def test_a_file_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
-    """Windows refuses any other."""
+def test_an_interrupted_write_leaves_the_old_files_and_a_whole_one_is_flushed(
+        tmp_path, monkeypatch):
+    """Through a handle that may write: Windows refuses any other."""
     import fcntl
     modes = []
     monkeypatch.setattr(os, "fsync", lambda f: modes.append(fcntl.fcntl(f, fcntl.F_GETFL)))
-    bb.write_json(tmp_path / "file", {})
-    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
+    tokenizer = niah.tiny_tokenizer()
+    model = random_backbone(vocab_size=138)
+    bb.save_backbone(model, tmp_path, tokenizer)
+    assert {mode & os.O_ACCMODE for mode in modes} == {os.O_RDWR}
+    before = contents(tmp_path)
+    for error in (KeyboardInterrupt, SystemExit, MemoryError):
+        def half(path):
+            file = Path(path)
+            (file / "tokenizer.json" if file.is_dir() else file).write_text("half")
+            raise error
+        monkeypatch.setattr(tokenizer, "save_pretrained", half)
+        with pytest.raises(error):
+            bb.save_backbone(model, tmp_path, tokenizer)
+        with pytest.raises((KeyboardInterrupt, SystemExit, OSError)):
+            bb.write_atomically(tmp_path / "config.json", half)
+        assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
-def test_a_device_on_which_nothing_can_be_computed_is_refused(device):
-    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*cpu always can"):
-        bb.default_device(device)
-
+def test_scripts_start_where_windows_lacks_modules_and_characters_and_errors_have_their_own_line():
+    """Also when a progress bar is open."""
+    code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
+            "import backbone, niah, sample, train\ndef main():\n    print('42 \u2603')\n"
+            "    bar = backbone.tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
+            "backbone.cli(main)")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert (ended.returncode, ended.stdout) == (2, "42 ?\n"), ended.stderr
+    assert ended.stderr.splitlines()[-1] == "error: no" and "\nerror: no" in ended.stderr
 
 
 def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
@@ -3445,198 +3192,178 @@ def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
     assert eager.calls == 1
 
 
-
-GOOD_SETTINGS = dict(gen_length=8, steps=8, block_length=8)
-
-
-@pytest.mark.parametrize("bad, message", [
-    (dict(block_length=3), "not a multiple"),
-    (dict(block_length=4, steps=3), "multiple of 2"),
-    (dict(remasking="best"), "remasking must be one of"),
-    (dict(eos="never"), "eos must be one of"),
-    (dict(gen_length=9000, block_length=9000), "limit"),
-    (dict(remasking="entropy", block_length=4), "one block")])
-def test_bad_sampler_settings_are_refused_with_advice(model, bad, message):
-    with pytest.raises(ValueError, match=message):
-        sample.generate(model, torch.randint(3, 40, (1, 5)), **{**GOOD_SETTINGS, **bad})
+# Of the sampler; the same for flags and keywords.
+OUT_OF_RANGE = {"temperature": "-1 nan inf", "cfg_scale": "nan -0.5", "threshold": "nan -1",
+                "top_p": "-1 nan 1.5", "top_k": "0 -3", "alg_temp": "nan -1"}
 
 
-def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="at least one token"):
-        sample.generate(model, [torch.tensor([], dtype=torch.long)], **GOOD_SETTINGS)
+def test_keywords_that_cannot_work_are_refused_as_flags_are(model):
+    for name, values in OUT_OF_RANGE.items():
+        for value in map(int if name == "top_k" else float, values.split()):
+            assert says(why(sample.generate, model, [[5]], **{name: value}), f"{name} must {value}")
+    assert says(why(sample.generate, model, [[5]], remasking="best"), "remasking 'best' entropy")
+    assert says(why(sample.generate, model, [[5], []]), "prompt at least one token")
+    assert says(why(MetaStateConfig(inject_layers=()).check, 3), "inject_layers=() layers 0..2")
+    MetaStateConfig(inject_layers=(2, 3), read_layer=1).check(3)
 
 
+@pytest.fixture
+def refusal(here, monkeypatch, capsys):
+    """refusal(script, argv): the message with which a command line ends, with exit code 2, before
+    anything is decoded, trained, written or touched. `taken`: an adapter, `base` under it."""
+    model = load_backbone("tiny", "cpu")
+    bb.save_backbone(model, "base", niah.tiny_tokenizer())
+    bb.save_adapter(model.add_lora(2, 4), "taken", "base")
+    torch.save({"settings": {"steps": 1}}, "taken/resume.pt")
+    Path("taken/.lock").touch()
+    for module, name in ((sample, "generate"), (niah, "generate"), (train.Run, "batch")):
+        monkeypatch.setattr(module, name, None)
 
-@pytest.mark.parametrize("name, values", [
-    ("temperature", ["-1", "nan", "inf"]), ("cfg_scale", ["nan", "-0.5"]),
-    ("threshold", ["nan", "-1"]),
-    ("top_p", ["-1", "nan", "1.5"]), ("top_k", ["0", "-3"]), ("alg_temp", ["nan", "-1"])])
-def test_settings_out_of_range_are_refused_by_flags_and_by_generate(model, name, values, capsys):
-    for value in values:
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+    def refused(script, argv):
+        before = files()
+        capsys.readouterr()
+        code = main_of(script, argv)
+        said = capsys.readouterr().err.strip()
+        assert code == 2 and "Traceback" not in said, (argv, said)
+        assert "error: " in said.splitlines()[-1], (argv, said)
+        assert files() == before, argv
+        return said.splitlines()[-1]
+    return refused
+
+
+# Per script: a line to start from, flags, values of which each makes that line a bad one, words of
+# the message (None: the flag).
+TAKEN = ["--checkpoint", "taken"]
+PROMPT = [*TAKEN, "--prompt", "river"]
+RESUME = [*MDLM, "--resume"]
+
+BAD_LINES = {
+    train: [
+        (MDLM, "--magic --method --tasks --dtype --inner_on --memory", "magic ''", None),
+        (MDLM, "--init --backbone", "magic a-b", "no checkpoint folder"),
+        (MDLM, "--data", "none.jsonl", "--data none.jsonl no such file"),
+        (MDLM, "--device", "magic cuda:99 meta", "device used cpu"),
+        (MDLM, "--out", "taken", "taken exists"),
+        (RESUME, "--out", "taken", "taken/resume.pt another run"),
+        ([*RESUME, "--init", "taken"], "--out", "taken taken/new base", "reads"),
+        ([*RESUME, "--backbone", "taken"], "--out", "./taken/", "reads"),
+        ([*SLOTS, "--resume"], "--out", "runs/pretrained-seed0", "reads"),
+        ([*RESUME, "--data", "taken/resume.pt"], "--out", "taken", "--data taken/resume.pt --out"),
+        (MDLM, "--batch_size", "1000000000", "more memory"),
+        (MDLM, "--steps --epochs --batch_size --accumulate --save_every --max_len --questions "
+               "--num_slots --slot_heads --slot_dim --cond_dim --unroll --span",
+         "0 -3 x 1.5 nan zwölf 0x10 ''", None),
+        (MDLM, "--epochs", "2", "--epochs --data"),
+        (MDLM, "--lora --length --n_eval --seed --chunk --s_pre", "-1 x", None),
+        (MDLM, "--seed", "99999999999999999999", None),
+        (MDLM, "--lr --inner_lr --clip --alpha --weight_decay", "-1 nan inf 1e999 x", None),
+        (MDLM, "--warmup --full_share --plain_share --prompt_ratio --fraction --lora_dropout "
+               "--exact_from", "2 -0.1 nan x", None),
+        (CLOSED_BOOK, "--batch_size", "6", None),
+        ([*CLOSED_BOOK, "--inner_on", "prompt"], "--questions", "2 4", None),
+        (SLOTS, "--slot_heads", "5", "slot_dim=64 multiple slot_heads=5"),
+        (SLOTS, "--cond_dim", "15", "cond_dim=15 even"),
+        (SLOTS, "--inject_layers", "4 -9 x", None),
+        (SLOTS, "--read_layer", "3 -9 x", None),
+        ([*SLOTS, "--inject_layers", "2"], "--read_layer", "0", "inject_layers=(2,) before first")],
+    niah: [
+        ([], "--n", "1", "--checkpoint needed"),
+        ([], "--checkpoint", "magic _0", "no checkpoint folder"),
+        (TAKEN, "--arms", "magic", "arms off, on, magic"),
+        (TAKEN, "--data", "none.jsonl", "--data none.jsonl"),
+        (TAKEN, "--out", "none/rows.jsonl .", "--out written"),
+        (TAKEN, "--passes", "2", "--lengths 64"),
+        ([*TAKEN, "--n", "1"], "--lengths", "0 -5 x 8190 9999999", None),
+        ([*TAKEN, "--n", "1", "--lengths", "64"], "--gen_length", "8150", "--lengths 64 8192"),
+        ([*TAKEN, "--closed_book"], "--facts", "0 25 x", None),
+        (TAKEN, "--n --gen_length --steps", "0 -1 x", None)],
+    sample: [
+        ([], "--prompt", "river", "--checkpoint"),
+        (TAKEN, "--seed", "1", "--prompt"),
+        (["--prompt", "river"], "--checkpoint", "magic _0", "no checkpoint folder"),
+        (TAKEN, "--prompt", "''", "prompt empty"),
+        (TAKEN, "--prompt", "magic", "vocabulary: magic"),
+        (PROMPT, "--gen_length --steps --block_length", "0 -1 x 7.5", None),
+        (PROMPT, "--gen_length", "9000", "gen_length=9000 limit 8192"),
+        (PROMPT, "--block_length", "4", "gen_length=6 multiple block_length=4"),
+        ([*PROMPT, "--block_length", "3"], "--steps", "5", "steps=5 multiple 2"),
+        ([*PROMPT, "--block_length", "3"], "--remasking", "entropy", "entropy one block"),
+        (PROMPT, "--remasking --eos", "magic", None),
+        (PROMPT, "--arm", "magic", "arms off, on, magic"),
+        (PROMPT, "--top_p", "0.5", "top_p low_confidence"),
         # before the checkpoint, which does not exist, is looked for
-        argv = ["--checkpoint", "none", "--prompt", "river", f"--{name}={value}"]
-        assert main_of(sample, argv) == 2
-        assert re.search(rf"error: --{name} must be", capsys.readouterr().err)
-        number = int(value) if name == "top_k" else float(value)
-        with pytest.raises(ValueError, match=f"^{name} must be"):
-            sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=6, remasking="entropy",
-                            **{name: number})
+        *((["--checkpoint", "none", "--prompt", "river"], f"--{name}", values, f"--{name} must")
+          for name, values in OUT_OF_RANGE.items()),
+        (PROMPT, "--html", "no/page", "no/page"),
+        ([*TAKEN, "--closed_book"], "--prompt",
+         "river '? river =' 'river =' ' \n? river =' 'river = 47 .'", "no question text")]}
 
 
-def test_memory_settings_beside_a_checkpoint_are_checked(here):
-    for text, message in (('{"inner_lr": NaN}', "inner_lr"), ('{"rank": "many"}', "rank must be"),
-                          ('{"speed": 1}', "speed is an unknown entry"),
-                          ('[1]', "must hold an object")):
-        Path("memory.json").write_text(text)
-        with pytest.raises(ValueError, match=f"^memory.json.*{message}"):
-            sample.inner_loop_settings(".")
+@pytest.mark.parametrize("script", BAD_LINES)
+def test_every_bad_command_line_ends_with_one_message_and_exit_code_2_and_touches_no_file(
+        refusal, script):
+    for start, flags, values, words in BAD_LINES[script]:
+        for flag, value in itertools.product(flags.split(), shlex.split(values)):
+            assert says(refusal(script, [*start, flag, value]), words or flag[2:]), (flag, value)
 
 
-
-def test_a_page_that_cannot_be_written_is_refused_before_anything_is_decoded(here, capsys):
-    argv = [*new_checkpoint(), "--device", "cpu", "--prompt", "river", "--html", "no/page"]
-    assert main_of(sample, argv) == 2
-    said = capsys.readouterr()
-    assert "no/page" in said.err and not said.out
-
-
-
-@pytest.mark.parametrize("text", ["? river =", "river =", " \n? river =", "river = 47 ."])
-def test_a_closed_book_prompt_without_a_text_before_its_question_is_refused(
-        here, capsys, text):
-    argv = [*new_checkpoint(), "--closed_book", "--device", "cpu", "--prompt"]
-    assert main_of(sample, [*argv, text]) == 2
-    assert "has no question behind a text" in capsys.readouterr().err
-
-
-
-def test_slots_that_are_read_before_they_are_injected_are_refused():
-    with pytest.raises(ValueError, match="read before they are first injected"):
-        MetaStateConfig(inject_layers=(2,), read_layer=0).check(3)
-    MetaStateConfig(inject_layers=(2,), read_layer=1).check(3)
-
-
-
-@pytest.mark.parametrize("bad, message", [
-    (dict(slot_heads=3), "multiple of slot_heads"),
-    (dict(inject_layers=(4,)), "layers 0..2"),
-    (dict(read_layer=5), "layers 0..2"),
-    (dict(inject_layers=()), "layers 0..2"),
-    (dict(num_slots=0), "num_slots must be at least 1"),
-    (dict(slot_heads=0), "slot_heads must be at least 1"),
-    (dict(slot_heads=-2), "slot_heads must be at least 1"),
-    (dict(memory="x"), "memory must be one of")])
-def test_impossible_metastate_settings_are_refused(bad, message):
-    with pytest.raises(ValueError, match=message):
-        MetaStateConfig(**bad).check(3)
-
-
-
+RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
+          "length": 20, "answer_prefix": " =", "index": 7},
+         {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
 BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "target": "kitchen"}]
 
+USER = {"role": "user", "content": "river"}
+REPLY = {"role": "assistant", "content": "47"}
+
+# Per script: its flags, a good line, and bad ones (bytes: a whole file) with words of the message.
+BAD_DATA = {
+    train: ([*SLOTS, "--seed", "1"], json.loads(GOOD_LINE), [
+        (b"\xef\xbb\xbf[\n{}]", "json, an array load_dataset('json' data_files='qa1.jsonl'"),
+        (b"\x1f\x8b\x08\0", "json, gzip load_dataset('json' data_files='qa1.jsonl'"),
+        (b"PAR1\x15\x04", "parquet load_dataset('parquet' data_files='qa1.jsonl'"),
+        (b'{"prompt": "river', "line 1: valid JSON"),
+        (b'{"a":' * 100_000, "line 1: valid JSON"),
+        (b'{"prompt": "river \xff", "response": "47"}', "line 1: valid JSON"),
+        (rb'{"prompt": "river \ud800", "response": "47"}', r"line 1: '\ud800' position 6"),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: limit"),
+        (["river"], "expected"),
+        ({"prompt": "river"}, "expected"),
+        ({"context": 1, "prompt": "river", "response": "47"}, "expected"),
+        ({"messages": [USER]}, "at least two"),
+        ({"messages": [USER, USER]}, "last message assistant's"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f"}]}]}, "dropped tool_calls"),
+        ({"messages": [USER, {**REPLY, "weight": 0}]}, "dropped weight"),
+        ({"prompt": "river", "response": " "}, "response empty"),
+        ({"prompt": "", "response": "47"}, "prompt empty"),
+        ({"prompt": "the hello sky world", "response": "47"}, "vocabulary: hello world")]),
+    niah: (TAKEN, RULER[0], [
+        ([], "expected RULER's"),
+        ({"input": "river", "outputs": "47"}, "expected RULER's"),
+        ({"input": "river", "outputs": [""]}, "expected RULER's"),
+        ({"input": None}, "expected RULER's"),
+        ({"input": "river", "target": "kitchen"}, "expected BABILong's"),
+        ({**BABILONG[0], "target": "moon"}, "'moon' no answer qa1")]),
+    sample: ([*TAKEN, "--out", "rows.jsonl"], {"prompt": "river = 47 . ? river ="}, [
+        ([], "expected"),
+        ({"messages": [{"role": "user"}]}, "expected"),
+        ({"prompt": "river", "answer": "47"}, 'no "arm" "answer"'),
+        ({"prompt": "unheard-of"}, "vocabulary: unheard-of"),
+        ({"prompt": "river " * 9000}, "9000 limit 8192")])}
 
 
-@pytest.mark.parametrize("line, message", [
-    ([], "expected RULER"), ({"input": "river", "outputs": "47"}, "expected RULER"),
-    ({"input": "river", "outputs": [""]}, "expected RULER"), ({"input": None}, "expected RULER"),
-    ({"input": "river", "target": "kitchen"}, "expected RULER"),
-    ({**BABILONG[0], "target": "moon"}, "no answer of"),
-    ({"input": "unheard-of", "outputs": ["47"]}, "words outside the closed vocabulary")])
-def test_a_wrong_line_of_a_benchmark_is_named_with_file_and_line(here, line, message):
-    file = write_lines("qa1.jsonl", [RULER[0], line])
-    with pytest.raises(ValueError, match=f"qa1.jsonl, line 2: .*{message}"):
-        niah.read_benchmark(file, load_backbone("tiny", "cpu"), niah.tiny_tokenizer())
-
-
-
-@pytest.mark.parametrize("line, message", [
-    ([], "expected"), ({"prompt": 1}, "expected"), ({"messages": [{"role": "user"}]}, "expected"),
-    ({"prompt": "river", "answer": "47"}, "no \"arm\", \"answer\""),
-    ({"prompt": "unheard-of"}, "outside the closed"), ({"prompt": "river " * 9000}, "limit of")])
-def test_a_wrong_line_of_prompts_is_named_before_anything_is_decoded(here, capsys, line, message):
-    write_prompts([PROMPTS[0], line])
-    assert main_of(sample, [*DECODE, "--out", "rows.jsonl"]) == 2
-    said = capsys.readouterr().err
-    assert "prompts.jsonl, line 2: " in said and message in said
-    assert not Path("rows.jsonl").exists()
-
-
-
-def counting(memory, calls):
-    def counted(*inputs):
-        calls.append(inputs)
-        return memory(*inputs)
-    return counted
-
-
-def test_a_bad_out_file_or_length_is_refused_before_anything_is_decoded(here, capsys, monkeypatch):
-    calls = []
-    monkeypatch.setattr(sample, "generate", None)
-    load_arms = niah.load_arms
-
-    def watched(*inputs):
-        backbone, tokenizer, arms = load_arms(*inputs)
-        backbone.cfg.max_len = 100
-        return backbone, tokenizer, {arm: counting(memory, calls) for arm, memory in arms.items()}
-    monkeypatch.setattr(niah, "load_arms", watched)
-    common = [*new_checkpoint(), "--n", "2", "--device", "cpu"]
-    for argv, message in ((["--out", "none/rows.jsonl"], "--out none/rows.jsonl cannot be written"),
-                          (["--out", "."], "--out . cannot be written"),
-                          (["--lengths", "64", "95"], "--lengths 95"),
-                          (["--lengths", "64", "--gen_length", "45"], "limit of 100")):
-        assert main_of(niah, common + argv) == 2
-        assert message in capsys.readouterr().err
-    # a text that fits alone but not with the introduction of a real model
-    monkeypatch.setattr(niah, "encode_prompt", lambda tokenizer, config, text: [1] * 97)
-    assert main_of(niah, common + ["--lengths", "64"]) == 2
-    assert "a prompt of 97 tokens + 6" in capsys.readouterr().err
-    assert not calls and {f.name for f in Path().iterdir()} == {"new"}
-    assert not Path("new/niah.jsonl").exists()
-
-
-
-@pytest.mark.parametrize("bad, message", [
-    ('{"prompt": "river', "not valid JSON"),
-    ('["river"]', "expected {"),
-    ('{"prompt": "river"}', "expected {"),
-    ('{"prompt": "river", "response": " "}', "response is empty"),
-    ('{"prompt": "", "response": "47"}', "prompt is empty"),
-    ('{"prompt": "hello", "response": "47"}', "outside the closed vocabulary: hello"),
-    ('{"messages": []}', "at least two"),
-    ('{"messages": [{"role": "user", "content": "river"}, {"role": "user", "content": "river"}]}',
-     "last message is the assistant's")])
-def test_a_bad_line_of_data_is_named_with_file_and_number(here, bad, message):
-    Path("bad.jsonl").write_text(f"{GOOD_LINE}\n{bad}")
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{re.escape(message)}"):
-        read_jsonl("bad.jsonl")
-
-
-
-@pytest.mark.parametrize("data, kind", [
-    (f"\ufeff[\n{GOOD_LINE}]".encode(), "json, an array"), (b"\x1f\x8b\x08\0", "json, gzip"),
-    (b"PAR1\x15\x04", "parquet")])
-def test_another_format_is_named_with_the_line_that_converts_it(here, data, kind):
-    Path("data").write_bytes(data)
-    convert = f"load_dataset('{kind.split(',')[0]}', data_files='data', split='train').to_json("
-    with pytest.raises(ValueError, match=re.escape(kind) + ".*" + re.escape(convert)):
-        read_jsonl("data")
-
-
-
-def test_all_weights_are_never_trained_in_bf16(here):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    options = ["--method", "mdlm", *SMALL, "--backbone", "base", "--data", "data.jsonl",
-               "--max_len", 64, "--steps", 1, "--dtype", "bfloat16"]
-    with pytest.raises(ValueError, match="--lora 0 .*: add --dtype float32"):
-        run_train(*options, "--lora", 0)
-    run_train(*options, "--lora", 2)
-
-
-def test_data_of_which_nothing_fits_is_refused(here):
-    Path("long.jsonl").write_text("\n".join([GOOD_LINE] * 4))
-    with pytest.raises(ValueError, match="0 usable examples"):
-        read_jsonl("long.jsonl", max_len=3)
+@pytest.mark.parametrize("script", BAD_DATA)
+def test_bad_data_is_named_with_file_and_line_before_anything_is_done_or_written(refusal, script):
+    """Before the tiny backbone is pretrained, too. Of another format, with what converts it."""
+    argv, good, bad = BAD_DATA[script]
+    for data, words in bad:
+        if not isinstance(data, bytes):
+            data, words = f"{json.dumps(good)}\n{json.dumps(data)}".encode(), f"line 2: {words}"
+        Path("qa1.jsonl").write_bytes(data)
+        message = refusal(script, [*argv, "--data", "qa1.jsonl"])
+        assert says(message, f"qa1.jsonl {words}"), data[:80]
 
 
 JUNK = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"]
@@ -3657,259 +3384,8 @@ def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_numb
     assert refused > 100
 
 
-# Per script: a line to start from, flags, and values of which each makes that line a bad one.
-# "taken" is the folder of a finished run.
-CHECKPOINT = ["--checkpoint", "taken"]
-
-PROMPT = [*CHECKPOINT, "--prompt", "river"]
-
-WORDS = ["magic", "_0", "a-b"]
-
-BAD_LINES = {
-    train: [
-        (MDLM, ["--magic", "--_0-q"], ["", "-", "nan", "inf", "-1", "1e999", "zwölf", "{}", " "]),
-        (MDLM, ["--method", "--tasks", "--init", "--backbone", "--data", "--dtype"], WORDS),
-        (MDLM, ["--device"], ["magic", "cuda:99", "cpuq"]),
-        (MDLM, ["--out"], ["taken"]),
-        (MDLM, ["--steps", "--batch_size", "--accumulate", "--save_every"],
-         ["0", "-3", "x", "1.5", "nan", "zwölf", "0x10", ""]),
-        (MDLM, ["--lr", "--inner_lr", "--clip"], ["-1", "nan", "inf", "1e999", "x"]),
-        (MDLM, ["--warmup", "--full_share", "--prompt_ratio", "--fraction"],
-         ["2", "-0.1", "nan", "x"]),
-        (MDLM, ["--inner_on"], ["both"]),
-        (SLOTS, ["--num_slots", "--unroll", "--span"], ["0", "-2", "x"]),
-        (SLOTS, ["--slot_heads"], ["5", "x", "0", "-2"]),
-        (CLOSED_BOOK, ["--batch_size"], ["6"]),
-        ([*CLOSED_BOOK, "--inner_on", "prompt"], ["--questions"], ["2", "4"]),
-        (SLOTS, ["--inject_layers", "--read_layer"], ["9", "-9", "x"])],
-    niah: [
-        ([], ["--checkpoint"], WORDS),
-        (CHECKPOINT, ["--arms"], WORDS),
-        (CHECKPOINT, ["--lengths"], ["0", "-5", "x", "9999999"]),
-        ([*CHECKPOINT, "--closed_book"], ["--facts"], ["0", "25", "x"]),
-        (CHECKPOINT, ["--n", "--gen_length"], ["0", "-1", "x"]),
-        ([*CHECKPOINT, "--lengths", "16"], ["--steps"], ["0", "-1", "x"])],
-    sample: [
-        (["--prompt", "river"], ["--checkpoint"], WORDS),
-        (CHECKPOINT, ["--prompt"], ["", *WORDS]),
-        (PROMPT, ["--gen_length", "--steps", "--block_length"], ["0", "-1", "x", "7.5"]),
-        (PROMPT, ["--remasking", "--arm"], WORDS),
-        (PROMPT, ["--top_p"], ["0.5"]),
-        ([*CHECKPOINT, "--closed_book"], ["--prompt"], ["river", "? river ="])]}
-
-
-@functools.cache
-def files_of_a_run():
-    """{name: bytes} of a run of one step, made once for all tests that need one."""
-    run_train(*MDLM, "--steps", 1, "--out", "first")
-    return {file.name: file.read_bytes() for file in Path("first").iterdir()}
-
-
-@pytest.fixture
-def taken(here):
-    """A working directory with a finished run in `taken`."""
-    files = files_of_a_run()
-    (here / "taken").mkdir()
-    for name, data in files.items():
-        (here / "taken" / name).write_bytes(data)
-    for made in [path for path in here.iterdir() if path.name != "taken"]:
-        shutil.rmtree(made)
-    return here
-
-
-
-@pytest.mark.parametrize("module", BAD_LINES)
-def test_every_bad_command_line_ends_with_one_message_and_exit_code_2_and_touches_no_file(
-        taken, capsys, module):
-    before = contents("taken")
-    lines = [[*start, flag, value] for start, flags, values in BAD_LINES[module]
-             for flag in flags for value in values]
-    for argv in lines:
-        capsys.readouterr()
-        code = main_of(module, argv)
-        said = capsys.readouterr().err.strip()
-        assert code == 2, (argv, said)
-        assert "error: " in said.splitlines()[-1], (argv, said)
-        assert "Traceback" not in said, (argv, said)
-        assert set(Path().iterdir()) == {Path("taken")}, argv
-    assert contents("taken") == before
-
-
-@pytest.mark.parametrize("module, argv", [(niah, []), (sample, []), (sample, CHECKPOINT)])
-def test_a_command_line_without_what_the_script_works_on_is_refused(taken, module, argv):
-    assert main_of(module, argv) == 2
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--out", "taken"], "exists already"),
-    (["--out", "taken", "--resume"], "belongs to another run"),
-    (["--init", "nowhere"], "no checkpoint folder"),
-    (["--data", "none.jsonl"], "no such file"),
-    (["--steps", "0"], "at least 1"),
-    (["--lr", "-1"], "--lr must be at least 0"),
-    (["--prompt_ratio", "2"], "at least 0 and at most 1"),
-    (["--epochs", "2"], "--epochs needs --data"),
-    (["--method", "metastate", "--slot_heads", "5"], "multiple of slot_heads")])
-def test_a_training_run_that_cannot_work_is_refused_with_what_to_change(taken, argv, message):
-    before = contents("taken")
-    with pytest.raises((ValueError, OSError), match=message):
-        run_train(*MDLM, *argv)
-    assert contents("taken") == before
-
-
-WITH_LIMITED_FILES = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
-def run_train_on_a_full_disk(*argv):
-    """train.py in a process that can write no file beyond 300 kB."""
-    command = [sys.executable, "-c", WITH_LIMITED_FILES, HERE / "train.py", *argv]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
-
-
-def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here):
-    options = [*MDLM, "--save_every", 1, "--out", "run", "--steps", 3]
-    with killed_at(1):
-        run_train(*options)
-    before = contents("run", but=["log.jsonl"])
-    full = run_train_on_a_full_disk(*options, "--resume")
-    assert full.returncode == 2
-    assert "could not be written" in full.stderr
-    assert "Traceback" not in full.stderr
-    assert contents("run", but=["log.jsonl"]) == before
-    run_train(*options, "--resume")
-    assert train.read_state("run/resume.pt")["step"] == 3
-
-
-def flip_a_bit(data, rng):
-    """In the middle half of the bytes, where the weights are."""
-    bad = bytearray(data)
-    bad[rng.randrange(len(bad) // 4, len(bad) * 3 // 4)] ^= 1 << rng.randrange(8)
-    return bytes(bad)
-
-
-def cut_short(data, rng):
-    return data[:rng.randrange(len(data))]
-
-
-@pytest.mark.parametrize("file, method", [
-    ("model.safetensors", "mdlm"), ("metastate.safetensors", "metastate"), ("resume.pt", "mdlm")])
-def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here, file, method):
-    options = ["--method", method, *SMALL, "--out", "run", "--steps", 1]
-    run_train(*options)
-    rng = random.Random(0)
-    path = Path("run") / file
-    good = path.read_bytes()
-    for damage in [flip_a_bit] * 8 + [cut_short] * 2:
-        path.write_bytes(damage(good, rng))
-        with pytest.raises(ValueError, match="truncated or corrupted"):
-            if file == "resume.pt":
-                run_train(*options, "--resume")
-            else:
-                sample.load_arms("run", "cpu")
-
-
-def test_a_damaged_pretrained_backbone_is_named_before_it_is_used(here):
-    Path("runs/pretrained-seed0").mkdir(parents=True)
-    Path("runs/pretrained-seed0/resume.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="pretrained-seed0/resume.pt cannot be read"):
-        run_train(*RESPONSE)
-
-
-def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
-    options = [*MDLM, "--steps", 20, "--lr", "1e30"]
-    message = "nan at step .* seed 0.*last checkpoint in once is intact"
-    with pytest.raises(ValueError, match=message):
-        run_train(*options, "--save_every", 1, "--out", "once")
-    load_backbone("once", "cpu")
-    with pytest.raises(ValueError, match="no checkpoint was written yet"):
-        run_train(*options, "--out", "never")
-
-
-
-def test_a_run_that_needs_more_memory_than_there_is_is_refused(here):
-    with pytest.raises(ValueError, match="more memory than"):
-        run_train(*MDLM, "--batch_size", 10 ** 9)
-
-
-
-def test_the_output_folder_is_never_one_that_the_run_reads(here):
-    run_train(*MDLM, "--lora", 2, "--steps", 1, "--out", "d")
-    before = contents("d")
-    Path("d/data.jsonl").write_text(f"{GOOD_LINE}\n" * 4)
-    reads = "which the run reads"
-    lines = [(["--init", "d", "--out", "d"], reads),
-             (["--backbone", "d", "--out", "./d/"], reads),
-             (["--init", "d", "--out", "d/new"], reads),
-             (["--init", "d", "--out", "runs/pretrained-seed0"], reads),
-             (["--data", "d/data.jsonl", "--out", "d"], "lies in --out")]
-    for argv, message in lines:
-        with pytest.raises(ValueError, match=message):
-            run_train(*MDLM, "--steps", 1, *argv, "--resume")
-    with pytest.raises(ValueError, match=reads):
-        run_train(*SLOTS, "--steps", 1, "--out", "runs/pretrained-seed0", "--resume")
-    assert contents("d", but=["data.jsonl"]) == before
-
-
-def test_a_resume_file_that_cannot_be_opened_is_not_called_corrupted(here):
-    run_train(*MDLM, "--steps", 1, "--out", "run")
-    Path("run/resume.pt").unlink()
-    Path("run/resume.pt").mkdir()
-    with pytest.raises(OSError, match="resume.pt cannot be opened") as caught:
-        run_train(*MDLM, "--steps", 1, "--out", "run", "--resume")
-    assert "corrupt" not in str(caught.value)
-
-
-HOLDS_THE_LOCK = """
-import pathlib, sys, time
-sys.path.insert(0, sys.argv[1])
-import train
-with train.locked(pathlib.Path('run')):
-    print('held', flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
-    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(HERE)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    for more in ([], ["--resume"]):
-        with pytest.raises(ValueError, match="in use by another run"):
-            run_train(*MDLM, "--steps", 1, "--out", "run", *more)
-    assert [f.name for f in Path("run").iterdir()] == [".lock"]
-    other.kill()
-    other.wait()
-    run_train(*MDLM, "--steps", 1, "--out", "run")
-    assert len(log_of("run")) == 1
-
-
-
-STRANGE_LINES = {
-    "deep": (b"[" * 100_000, "not valid JSON"),
-    "surrogate": (rb'{"prompt": "river \ud800", "response": "47"}', "the text holds half"),
-    "bytes": (b'{"prompt": "river \xff", "response": "47"}', "not valid JSON"),
-    "nan": (b'{"prompt": NaN, "response": "47"}', "expected"),
-    "types": (b'{"prompt": 1, "response": {"a": 2}}', "expected"),
-    "context": (b'{"context": 1, "prompt": "river", "response": "47"}', "expected"),
-    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit")}
-
-
-@pytest.mark.parametrize("kind", STRANGE_LINES)
-def test_a_line_that_no_reader_expects_is_named_with_file_and_line(here, kind):
-    line, message = STRANGE_LINES[kind]
-    good = GOOD_LINE.encode() + b"\n"
-    Path("bad.jsonl").write_bytes(good + line + b"\n" + good)
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: {message}"):
-        read_jsonl("bad.jsonl")
-
-
-def test_a_line_far_beyond_max_len_never_reaches_the_tokenizer(here, monkeypatch, capsys):
+def test_a_line_beyond_max_len_is_left_out_counted_and_never_reaches_the_tokenizer(
+        here, monkeypatch, capsys):
     long = json.dumps({"prompt": "river " * 10_000, "response": "47"})
     Path("long.jsonl").write_text("\n".join([GOOD_LINE, GOOD_LINE, long]))
     lengths = []
@@ -3921,51 +3397,111 @@ def test_a_line_far_beyond_max_len_never_reaches_the_tokenizer(here, monkeypatch
     assert len(read_jsonl("long.jsonl")) == 2
     assert max(lengths) < 100
     assert "left out 1 examples" in capsys.readouterr().out
+    assert says(why(read_jsonl, "long.jsonl", max_len=3), "long.jsonl: 0 usable")
 
 
-@pytest.mark.parametrize("flags", [
-    "--lora -1", "--alpha nan", "--s_pre -5", "--length -5", "--n_eval -1", "--device meta",
-    "--seed -1", "--lora_dropout 1", "--weight_decay nan", "--max_len 0", "--epochs 0",
-    "--epochs 2", "--seed 99999999999999999999",
-    "--method metastate --slot_dim 0", "--method metastate --slot_heads -4",
-    "--method metastate --slot_heads 0", "--method metastate --cond_dim 0",
-    "--method metastate --num_slots 0", "--method metastate --inject_layers -1",
-    "--batch_size 6", "--questions 0", "--exact_from 2", "--plain_share nan", "--chunk -1"])
-def test_settings_out_of_range_are_refused_by_name_before_any_file_is_written(
-        here, capsys, flags):
-    assert main_of(train, ["--steps", "1", *flags.split()]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in said
-    assert flags.split()[-2].lstrip("-") in said
-    assert not list(Path().iterdir())
+def test_a_text_that_fits_but_not_with_its_introduction_is_refused(monkeypatch, model):
+    monkeypatch.setattr(niah, "encode_prompt", lambda *inputs: [1] * 97)
+    model.cfg.max_len = 100
+    message = why(niah.encoded_samples, model, niah.tiny_tokenizer(), ["single"], 64, 1, 0, 6)
+    assert says(message, "--lengths 64: 97 6 100")
 
 
-@pytest.mark.parametrize("method", ["memdlm", "metastate"])
-def test_a_bad_line_of_data_is_found_before_the_tiny_backbone_is_pretrained(here, method):
-    Path("bad.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="line 1: not valid JSON"):
-        run_train("--method", method, "--data", "bad.jsonl")
-    assert not Path("runs").exists()
+def test_all_weights_are_never_trained_in_bf16(here):
+    small_folder(here / "base")
+    write_data("data.jsonl", 40)
+    options = [*MDLM, "--backbone", "base", "--data", "data.jsonl", "--max_len", 64, "--steps", 1,
+               "--dtype", "bfloat16", "--lora"]
+    assert says(why(run_train, *options, 0), "--lora 0 --dtype float32")
+    run_train(*options, 2)
 
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here, capsys):
+    """In a process that can write no file beyond 300 kB."""
+    import resource
+    options = [*MDLM, "--save_every", "1", "--out", "run", "--steps", "3"]
+    with killed_at(1):
+        run_train(*options)
+    before = contents("run", but=["log.jsonl"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        assert main_of(train, [*options, "--resume"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert says(capsys.readouterr().err, "run/resume.pt could not be written")
+    assert contents("run", but=["log.jsonl"]) == before
+    run_train(*options, "--resume")
+    assert train.read_state("run/resume.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("file, method", [
+    ("model.safetensors", MDLM), ("metastate.safetensors", SLOTS), ("resume.pt", MDLM)])
+def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here, file, method):
+    options = [*method, "--out", "run", "--steps", 1]
+    run_train(*options)
+    rng = random.Random(0)
+    path = Path("run") / file
+    good = path.read_bytes()
+    load = (run_train, *options, "--resume") if file == "resume.pt" else (sample.load_arms, "run")
+    for i in range(10):
+        bad = bytearray(good)
+        # in the middle half, where the weights are
+        bad[rng.randrange(len(good) // 4, len(good) * 3 // 4)] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad if i < 8 else good[:rng.randrange(len(good))])
+        assert says(why(*load), f"run/{file} truncated corrupted")
+
+
+def test_a_state_that_cannot_be_read_is_named_and_one_that_cannot_be_opened_not_called_corrupted(
+        here):
+    state = Path("runs/pretrained-seed0/resume.pt")
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"PK")
+    assert says(why(run_train, *RESPONSE), f"{state} cannot be read")
+    state.unlink()
+    state.mkdir()
+    message = why(run_train, *RESPONSE)
+    assert says(message, f"{state} opened") and "corrupt" not in message
+
+
+def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
+    options = [*MDLM, "--steps", 20, "--lr", "1e30", "--out"]
+    message = why(run_train, *options, "once", "--save_every", 1)
+    assert says(message, "nan step seed 0 checkpoint once intact")
+    load_backbone("once", "cpu")
+    assert says(why(run_train, *options, "never"), "no checkpoint written")
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
+    options = [*MDLM, "--steps", 1, "--out", "run"]
+    code = ("import pathlib, time, train\nwith train.locked(pathlib.Path('run')):\n"
+            "    print('held', flush=True)\n    time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert other.stdout.readline() == "held\n"
+    for more in ([], ["--resume"]):
+        assert says(why(run_train, *options, *more), "run in use by another")
+    assert [f.name for f in Path("run").iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    run_train(*options)
+    assert len(log_of("run")) == 1
 
 
 # --------------------------------------------------------------------------------------------------
 # 9. By hand: bench, tables, slots, exposure.
 
-LIST = [{"input": "list of words", "outputs": ["mary", "john"]}]
-
+LIST = {"input": "list of words", "outputs": ["mary", "john"]}
 HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
-
 GIFTS = {"input": "", "question": "what?", "target": "apple,milk"}
-
 
 
 @pytest.mark.parametrize("file, line, output, found, exact", [
     ("niah_single_1.jsonl", RULER[0], "it is 47", 0.5, 0.0),
     ("niah_single_1.jsonl", RULER[0], "30 and 47", 1.0, 0.0),
     ("niah_single_1.jsonl", RULER[0], "47 30", 1.0, 1.0),
-    ("vt/validation.jsonl", LIST[0], "MARY", 0.5, 0.0),
-    ("qa_1/validation.jsonl", LIST[0], "MARY", 1.0, 0.0),
+    ("vt/validation.jsonl", LIST, "MARY", 0.5, 0.0),
+    ("qa_1/validation.jsonl", LIST, "MARY", 1.0, 0.0),
     ("qa1_4k.jsonl", BABILONG[0], "In the Kitchen. Or the office.", 1.0, 1.0),
     ("qa1.jsonl", BABILONG[0], "kitchen or office", 1.0, 0.0),
     ("qa1.jsonl", HEDGE, "From the kitchen to the hallway", 1.0, 1.0),
@@ -3985,8 +3521,7 @@ def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long
     ruler = write_lines("vt/validation.jsonl",
                         [RULER[0], {"input": "river " * 23, "outputs": ["47"]}, *RULER])
     files = [ruler, write_lines("qa1_4k.jsonl", BABILONG)]
-    argv = ["--checkpoint", "moe", "--device", "cpu", "--data", *files]
-    assert main_of(niah, argv) == 0
+    assert main_of(niah, ["--checkpoint", "moe", "--device", "cpu", "--data", *files]) == 0
     said = capsys.readouterr().out
     assert "left out 1 of 4 samples longer than the model's limit of 52 tokens, 30 of" in said
     # one batch for each file and arm; two inner steps to write each of the files' batches
@@ -4006,24 +3541,17 @@ def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long
     assert last["recall"] == float("kitchen" in last["output"])
 
 
-
-def test_writing_8192_tokens_into_llada_moe_is_estimated_to_fit_a_card_of_80_gb():
-    moe = bb.config_from_json(REAL["llada_moe"])
-    parts = sample.estimate(moe, "adapt", 1, 8192, 0)
+def test_a_card_of_80_gb_is_estimated_to_write_8192_tokens_into_llada_moe_and_train_metastate():
+    parts = sample.estimate(bb.config_from_json(REAL["llada_moe"]), "adapt", 1, 8192, 0)
     assert parts["weights"] == 2 * 7_356_880_896 and parts["trained, gradient, Adam"] == 0
     # logits at 0.3 of the tokens; the fast weights of 2 layers, 64 experts, 3 matrices of rank 32
     assert parts["logits"] == 2457 * 157184 * 10
     assert parts["fast weights"] == 16 * 2 * 64 * 3 * 32 * (2048 + 1024)
     assert sum(parts.values()) < 30e9
-
-
-
-def test_metastate_on_llada_8b_is_estimated_to_fit_a_card_of_80_gb():
     llada = bb.config_from_json(REAL["llada"])
     parts = train.estimate(llada, "metastate", 1, 1024, 0, meta_cfg=metastate.for_backbone(llada))
     assert parts["weights"] == 16_031_162_368
     assert sum(parts.values()) < 80e9
-
 
 
 # --------------------------------------------------------------------------------------------------
