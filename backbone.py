@@ -1,7 +1,7 @@
 """One bidirectional transformer for the tiny default, LLaDA-8B, Dream-7B and LLaDA-MoE-7B.
 
 Papers: MDLM (arXiv 2406.07524) and LLaDA (2502.09992): the forward process and its loss. MetaState
-(2603.01331) and MemDLM (2603.22241) need what stands here: a backbone that runs slice by slice.
+(2603.01331) and MemDLM (2603.22241) need a backbone that runs slice by slice.
 Idea: masked diffusion replaces tokens by [MASK] with probability t and learns to put them back.
 The network is a Llama without the causal mask. Both memories work between its layers, so the pass
 is cut there: embed -> run(start, stop) -> head. Memory goes in as an argument and comes out as a
@@ -12,11 +12,9 @@ Convention: logits[:, i] predicts token i in every family. Dream reads that pred
 to the left; `head` does so. t = 0 is clean, t = 1 all masked; one t per row.
 Read as: padding is never attended to, and positions count from the first real token, so a row gives
 the same logits alone and inside any padded batch.
-Left out: causal attention and KV caches (the canvas changes everywhere at every step), LLaDA2's
-block mask, dropout other than LoRA's.
+Left out: causal attention and KV caches (the canvas changes everywhere), dropout but for LoRA's.
 """
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,7 +25,7 @@ import sys
 import tempfile
 import zlib
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,18 +43,16 @@ from tqdm import tqdm
 def option(default, text, low=None, high=math.inf, choices=None, repr=True):
     """A field of a configuration: its default (MISSING: none), --help text, allowed values."""
     metadata = dict(help=text, low=low, high=high, choices=choices)
-    return dataclasses.field(default=default, repr=repr, metadata=metadata)
+    return field(default=default, repr=repr, metadata=metadata)
 
 
 @dataclass
 class BackboneConfig:
     """Every option that some checkpoint needs. Defaults: the tiny preset, 0.2 M parameters."""
-    family: str = option("tiny", "names of tensors, tokenizer, chat format",
-                         choices=["tiny", "llada", "dream", "llada_moe"])
+    family: str = option("tiny", "which format", choices=["tiny", "llada", "dream", "llada_moe"])
     vocab_size: int = option(139, "V, unused rows included; 139: niah.vocabulary()", 2, 10**7)
     d_model: int = option(64, "D", 1, 10**6)
     n_layers: int = option(3, "number of blocks", 1, 10**4)
-    # two heads of 32 learn key-value lookup in minutes, four of 16 do not
     n_heads: int = option(2, "H, heads of q", 1, 10**4)
     n_kv_heads: int = option(None, "heads of k and v, a divisor of H; None: H", 1, 10**4)
     head_dim: int = option(None, "d; None: D / H", 2, 10**4)
@@ -68,16 +64,12 @@ class BackboneConfig:
     qk_norm: bool = option(False, "RMSNorm over each head, before RoPE (LLaDA-MoE)")
     n_experts: int = option(0, "0: one SwiGLU; LLaDA-MoE: 64", 0, 10**4)
     experts_per_token: int = option(0, "LLaDA-MoE: 8", 0)
-    # Tiny preset ONLY: a model of this size learns to look up "key = value" in minutes only if a
-    # token can see the one before it. The feed-forward layers, where phi lives, must see it, too.
-    # So a model trained from noise for the closed book has the convolution in its residual stream;
-    # one that reads already gets another, before the FFN of the layers with phi
+    # Tiny preset only: so small a model learns to look up "key = value" in minutes only if a token
+    # sees the one before it, and to bind them with phi only if the layers that hold phi see it, too
     conv_width: int = option(5, "depthwise convolution before attention, 0: none", 0, 999)
-    # repr=False, here and below: a MetaState checkpoint's fingerprint is taken over the repr, and
-    # the older ones were taken before these fields existed
+    # repr=False: not in the fingerprint of a backbone that a MetaState checkpoint holds
     conv_residual: bool = option(False, "it goes into the residual stream", repr=False)
-    ffn_convs: int = option(0, "so many layers, from the top, have one before their FFN too", 0,
-                            10**4, repr=False)
+    ffn_convs: int = option(0, "so many last layers have one before the FFN", 0, 10**4, repr=False)
     shift: bool = option(False, "the prediction for token i is read at position i - 1 (Dream)")
     max_len: int = option(8192, "longest canvas that the model was trained for", 1)
     mask_id: int = option(1, "[MASK]", 0)
@@ -92,19 +84,17 @@ class BackboneConfig:
         """Relations between fields only; check_value looks at each field alone."""
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // self.n_heads
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of "
-                             f"n_kv_heads={self.n_kv_heads}")
+        H, G, k, E = self.n_heads, self.n_kv_heads, self.experts_per_token, self.n_experts
+        if H % G:
+            raise ValueError(f"n_heads={H} is not a multiple of n_kv_heads={G}")
         if self.head_dim % 2 or not self.head_dim:
             raise ValueError(f"head_dim={self.head_dim}: RoPE needs two equal halves")
         if self.conv_width and not self.conv_width % 2:
             raise ValueError(f"conv_width={self.conv_width} is even, and so it has no middle")
         if self.ffn_convs > self.n_layers * bool(self.conv_width):
-            raise ValueError(f"ffn_convs={self.ffn_convs} is more than the layers that have a "
-                             f"convolution")
-        if not (self.n_experts > 0) <= self.experts_per_token <= self.n_experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} does not fit "
-                             f"n_experts={self.n_experts}")
+            raise ValueError(f"ffn_convs={self.ffn_convs} is more than the layers with convolution")
+        if not (E > 0) <= k <= E:
+            raise ValueError(f"experts_per_token={k} does not fit n_experts={E}")
         ids = dict(mask_id=self.mask_id, pad_id=self.pad_id, eos_id=self.eos_id)
         for name, i in [*ids.items(), *(("extra_stop_ids", i) for i in self.extra_stop_ids)]:
             if i >= self.vocab_size:
@@ -156,11 +146,8 @@ class Linear(nn.Linear):
         return y
 
     def add_lora(self, rank, alpha, generator=None, dropout=0.0):
-        """B is zero: nothing changes until it is trained. fp32, whatever the dtype of the frozen W.
-        dropout acts on the input of A, in training mode only, as in PEFT."""
-        self.lora_rank = rank
-        self.lora_alpha = alpha
-        self.lora_dropout = dropout
+        """B = 0: nothing changes until it is trained. fp32, whatever the dtype of the frozen W."""
+        self.lora_rank, self.lora_alpha, self.lora_dropout = rank, alpha, dropout
         # Kaiming-uniform with a = sqrt(5), as in PEFT; drawn on the CPU: the same for every device
         bound = 1 / math.sqrt(self.in_features)
         A = torch.empty(rank, self.in_features, device="meta" if self.weight.is_meta else "cpu")
@@ -303,10 +290,8 @@ def neighbours(x, conv, attend):
 
 class Backbone(nn.Module):
     """`backbone(ids, attend=None) -> logits (B, L, V)`; context, embed, run, head are its pieces.
-
     at (B, L) bool: the positions where logits are wanted, then (N, V) in row-major order. At a
     vocabulary of 126,464 the head is the largest matrix, and most positions are never looked at."""
-
     def __init__(self, cfg: BackboneConfig):
         super().__init__()
         self.cfg = cfg
@@ -324,8 +309,7 @@ class Backbone(nn.Module):
         attend = None if attend is None or attend.bool().all() else attend.bool()
         if attend is not None:  # counted from the first real token
             positions = (attend.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
-        # angles p * theta^(-2 i / d). fp32 and never a buffer: a buffer would be cast by
-        # .to(bfloat16), or left uninitialised by a load from meta
+        # angles p * theta^(-2 i / d) in fp32: no buffer, which .to(bfloat16) would cast
         even = torch.arange(0, cfg.head_dim, 2, device=ids.device).float()
         angles = positions[..., None].float() * (1.0 / cfg.rope_theta ** (even / cfg.head_dim))
         angles = torch.cat([angles, angles], dim=-1)[:, None]  # (1 or B, 1, L, d)
@@ -356,14 +340,12 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """For training from noise. Output projections are zero, so every block starts as the
-        identity and depth costs nothing at the first step."""
+        """For training from noise; output projections are zero: each block starts as identity."""
         for name, p in self.named_parameters():
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
             elif name.endswith("conv"):
-                # a convolution that the FFN hears must be loud beside a token's own embedding: with
-                # the smaller bound, binding values to keys takes about three times as long
+                # what the FFN hears of neighbours must be loud beside a token's own embedding
                 loud = self.cfg.conv_residual or "ffn" in name
                 bound = (4 if loud else 1) * p.shape[0] ** -0.5
                 p.uniform_(-bound, bound, generator=generator)
@@ -374,8 +356,7 @@ class Backbone(nn.Module):
         return self
 
     def add_lora(self, rank=32, alpha=64, seed=0, dropout=0.0):
-        """Freeze everything, then put a trainable LoRA on every linear layer except the head
-        (MemDLM, section 4.1). ValueError if there is one already."""
+        """Freeze all, then put a trainable LoRA on all linear layers but the head (MemDLM, 4.1)."""
         linear = [m for n, m in self.named_modules() if isinstance(m, Linear) and n != "lm_head"]
         if any(module.lora_rank for module in linear):
             raise ValueError("the model carries an adapter already")
@@ -386,8 +367,7 @@ class Backbone(nn.Module):
         return self
 
     def add_ffn_convs(self, layers, generator=None):
-        """Tiny models: a convolution before the FFN of the last so many layers, for fast weights
-        to see a token's neighbours."""
+        """A convolution before the FFN of the last layers, for phi to see a token's neighbours."""
         self.cfg.ffn_convs = layers
         for layer in self.layers[self.cfg.n_layers - layers:]:
             conv = torch.empty(self.cfg.conv_width, self.cfg.d_model)
@@ -409,7 +389,6 @@ class Backbone(nn.Module):
 
 def corrupt(x0, t, given, mask_id, u=None, generator=None):
     """The forward process q(x_t | x_0) of MDLM and LLaDA.
-
     x0 (B, L) long; t (B,) in [0, 1]; given (B, L) bool, True = prompt or padding, never masked.
     u (B, L) uniform: the same u at a larger t masks a superset, so nested states can be made.
     Returns xt (B, L) and masked (B, L) bool: t = 1 masks all that is not given, t = 0 nothing."""
@@ -428,7 +407,6 @@ def sample_t(batch, eps=1e-3, generator=None):
 
 def masked_loss(logits, x0, masked, weight, n_maskable):
     """The loss of masked diffusion. logits (N, V) at the masked positions in row-major order.
-
     weight (B,): w(t) = 1/t gives the bound on the likelihood; w = 1 the uniform loss of the tiny
     preset, which learns faster, because 1/t spends its gradient on rows with almost nothing masked.
     n_maskable: of the whole batch, all micro-batches and ranks, so that splitting it is exact."""
@@ -451,7 +429,7 @@ def answer_start(given):
 # ==================================================================================================
 # Below: reading official checkpoints; not needed to follow the papers.
 # ==================================================================================================
-# 5. Settings: fields of a configuration, flags, and entries of files are checked alike.
+# 5. Command lines and settings: fields of a configuration, flags and entries of files, all alike.
 
 ITEMS = {list: str, tuple: int}  # what a list in a configuration holds
 
@@ -479,18 +457,17 @@ def check_value(rule, value, name):
 
 def validate(config, where="--"):
     """A dataclass, all its fields checked. ValueError names the first wrong one after `where`."""
-    for rule in dataclasses.fields(config):
+    for rule in fields(config):
         check_value(rule, getattr(config, rule.name), where + rule.name)
     return config
 
 
 def config_from_dict(cls, raw, where, entry_names=None):
-    """A JSON object -> a checked dataclass; entries that are missing take their defaults.
-    ValueError names the file, `where`, and the entry that is unknown, missing or wrong
-    (entry_names: {field: its name in the file}, where they differ)."""
+    """A JSON object -> a checked dataclass. ValueError names the file, `where`, and the entry that
+    is unknown, missing or wrong (entry_names: {field: its name in the file}, where they differ)."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
-    rules = {rule.name: rule for rule in dataclasses.fields(cls)}
+    rules = {rule.name: rule for rule in fields(cls)}
     values = {}
     for name in [*raw, *rules]:
         entry = f"{where}: {(entry_names or {}).get(name, name)}"
@@ -508,7 +485,7 @@ def config_from_dict(cls, raw, where, entry_names=None):
 
 def add_flags(parser, cls, defaults=True):
     """A flag for every field of a dataclass. defaults=False: None where a flag is not given."""
-    for rule in dataclasses.fields(cls):
+    for rule in fields(cls):
         text = rule.metadata["help"].replace("%", "%%")
         default = rule.default if defaults else None
         more = dict(type=ITEMS.get(rule.type, rule.type), choices=rule.metadata["choices"])
@@ -523,30 +500,64 @@ def add_flags(parser, cls, defaults=True):
 
 def given_flags(cls, args):
     """{field: value} of the flags of a dataclass that are not None, each checked."""
-    given = [rule for rule in dataclasses.fields(cls) if getattr(args, rule.name) is not None]
+    given = [rule for rule in fields(cls) if getattr(args, rule.name) is not None]
     return {r.name: check_value(r, getattr(args, r.name), f"--{r.name}") for r in given}
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. config.json. The official files are read as data: no code from a checkpoint is ever executed
-# (their remote code breaks on transformers 5, three times out of four silently). Dispatch is on
-# `architectures`: LLaDA-MoE calls itself model_type "llada".
+def cli(main):
+    """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows' code pages lack most characters
+            stream.reconfigure(errors="replace")
+    try:
+        return main()
+    except (ValueError, OSError) as e:
+        message, code = f"error: {e}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted (a training run goes on with --resume)", 130
+    for bar in list(tqdm._instances):  # an open progress bar has not ended its line
+        bar.close()
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
+
+# --------------------------------------------------------------------------------------------------
+# 6. Loading a model. Official files are read as data: no code from a checkpoint is ever executed.
+# The path: load_backbone finds the files; config_from_json turns config.json into a BackboneConfig;
+# official_name says under which key a file holds our tensor; load_weights puts it into its place.
+
+def load_backbone(name_or_path, device=None, dtype=None, chat=None):
+    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
+    checkpoint (hub name or folder) or an adapter in PEFT's format -> Backbone in eval mode. Raises
+    FileNotFoundError or ValueError. device: None picks cuda, mps or cpu. dtype: None keeps the
+    checkpoint's. chat: do prompts go through the chat template? None: as saved, else guess_chat."""
+    device = default_device(device)
+    if name_or_path == "tiny":
+        return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
+    folder = find_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        if chat is None:
+            saved = (open_shard(folder / "adapter_model.safetensors").metadata() or {}).get("chat")
+            chat = saved == "True" if saved else guess_chat(name_or_path, folder)[0] or None
+        return load_adapter(load_backbone(adapter_base(folder), device, dtype, chat), folder)
+    raw = read_json(folder / "config.json")
+    cfg = config_from_json(raw, folder / "config.json")
+    why = "as asked for or saved"
+    if chat is None and "backbone" not in raw:
+        chat, why = guess_chat(name_or_path, folder)
+    cfg.chat = cfg.chat if chat is None else chat
+    if cfg.family != "tiny" and os.environ.get("RANK", "0") == "0":
+        print(f"{name_or_path}: chat template {'on' if cfg.chat else 'off'} ({why}; --[no-]chat)")
+    with torch.device("meta"):
+        model = Backbone(cfg)
+    names = {official_name(n, cfg.family): n for n, _ in model.named_parameters()}
+    shards = [open_shard(folder / file, device) for file in shard_files(folder)]
+    return load_weights(model, names, shards, folder, dtype).eval()
+
+
+# By `architectures`, for LLaDA-MoE calls itself model_type "llada". None: written by save_backbone.
 FAMILIES = {"Backbone": None, "LLaDAModelLM": "llada", "DreamModel": "dream",
             "LLaDAMoEModelLM": "llada_moe"}
-
-# Our names of tensors -> the checkpoint's: regular expressions, applied from top to bottom.
-QWEN_NAMES = [(r"attn_norm", "input_layernorm"), (r"ffn_norm", "post_attention_layernorm"),
-              (r"attn\.([qkvo])\b", r"attn.\1_proj"), (r"\b(gate|up|down)\b", r"\1_proj"),
-              (r"\battn\.", "self_attn."), (r"ffn\.router", "mlp.gate"), (r"\bffn\.", "mlp."),
-              (r"^(?!lm_head)", "model.")]
-NAMES = {
-    # "ff_out" is used twice: for the head, and in each block for the down-projection
-    "llada": [(r"\b(lm_head|ffn\.down)\b", "ff_out"), (r"ffn\.gate", "ff_proj"),
-              (r"ffn\.up", "up_proj"), (r"ffn_norm", "ff_norm"), (r"attn\.o\b", "attn_out"),
-              (r"attn\.([qkv])\b", r"\1_proj"), (r"^norm", "ln_f"), (r"^embed_tokens", "wte"),
-              (r"^layers", "blocks"), (r"^", "model.transformer.")],
-    "dream": QWEN_NAMES, "llada_moe": QWEN_NAMES, "tiny": []}
 
 # What a family's checkpoints share, and special ids that their config.json does not reliably hold.
 FIXED = {"llada": dict(mask_id=126336, eos_id=126081, eot_id=126348),
@@ -555,42 +566,40 @@ FIXED = {"llada": dict(mask_id=126336, eos_id=126081, eot_id=126348),
          "llada_moe": dict(mask_id=156895, eos_id=156892, rope_fp32=False)}
 
 # Entry of config.json -> our field; of two entries for one the later counts, unless it is null.
-ALL_ENTRIES = dict(rms_norm_eps="norm_eps", rope_theta="rope_theta", head_dim="head_dim",
-                   mask_token_id="mask_id", eos_token_id="eos_id")
-QWEN_ENTRIES = dict(ALL_ENTRIES, vocab_size="vocab_size", hidden_size="d_model",
-                    num_hidden_layers="n_layers", num_attention_heads="n_heads",
-                    num_key_value_heads="n_kv_heads", max_position_embeddings="max_len")
+ALL_ENTRIES = dict(vocab_size="vocab_size", rms_norm_eps="norm_eps", rope_theta="rope_theta",
+                   head_dim="head_dim", mask_token_id="mask_id", eos_token_id="eos_id")
+QWEN_ENTRIES = dict(ALL_ENTRIES, hidden_size="d_model", num_hidden_layers="n_layers",
+                    num_attention_heads="n_heads", num_key_value_heads="n_kv_heads",
+                    max_position_embeddings="max_len")
 ENTRIES = {
-    "llada": dict(ALL_ENTRIES, vocab_size="vocab_size", embedding_size="vocab_size",
-                  d_model="d_model", n_layers="n_layers", n_heads="n_heads",
-                  n_kv_heads="n_kv_heads", mlp_hidden_size="d_ff", rope_full_precision="rope_fp32",
-                  max_sequence_length="max_len"),
+    "llada": dict(ALL_ENTRIES, embedding_size="vocab_size", d_model="d_model", n_layers="n_layers",
+                  n_heads="n_heads", n_kv_heads="n_kv_heads", mlp_hidden_size="d_ff",
+                  rope_full_precision="rope_fp32", max_sequence_length="max_len"),
     "dream": dict(QWEN_ENTRIES, intermediate_size="d_ff"),
     "llada_moe": dict(QWEN_ENTRIES, expert_intermediate_size="d_ff", num_experts="n_experts",
                       num_experts_per_tok="experts_per_token", qk_layernorm="qk_norm")}
 
 # Entries that change the arithmetic in ways that this file does not implement: any other value is
 # refused. A missing entry means this value, and null the same as false.
-ALL_REQUIRED = dict(quantization_config=None)
+REQUIRED = dict(
+    dict.fromkeys("""quantization_config alibi weight_tying scale_logits input_emb_norm include_bias
+        include_qkv_bias attention_layer_norm bias_for_layer_norm multi_query_attention clip_qkv
+        attention_bias use_sliding_window use_mrope shared_expert_intermediate_size
+        moe_router_enable_expert_bias""".split(), False),
+    block_type="llama", activation_type="silu", hidden_act="silu", layer_norm_type="rms",
+    rope=True, partial_rotary_factor=1.0, routed_scaling_factor=1.0)
 PLAIN_ROPE = dict(rope_type="default", type="default", partial_rotary_factor=1.0)
-QWEN_REQUIRED = dict(ALL_REQUIRED, hidden_act="silu", tie_word_embeddings=False)
-REQUIRED = {
-    "llada": dict(ALL_REQUIRED, block_type="llama", activation_type="silu", layer_norm_type="rms",
-                  rope=True, alibi=False, weight_tying=False, scale_logits=False,
-                  input_emb_norm=False, include_bias=False, include_qkv_bias=False,
-                  attention_layer_norm=False, bias_for_layer_norm=False,
-                  multi_query_attention=False),
-    "dream": dict(QWEN_REQUIRED, use_sliding_window=False, use_mrope=False),
-    "llada_moe": dict(QWEN_REQUIRED, attention_bias=False, clip_qkv=None, partial_rotary_factor=1.0,
-                      shared_expert_intermediate_size=None, moe_router_enable_expert_bias=False,
-                      routed_scaling_factor=1.0)}
 
 
-def official_name(name, family):
-    """Our parameter or module name -> the official one ("layers.3.ffn.up.weight" -> ...)."""
-    for ours, theirs in NAMES[family]:
-        name = re.sub(ours, theirs, name)
-    return name
+def family_of(raw, where):
+    """The family that a config.json names; None: written by save_backbone."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
+    if names[0] not in list(FAMILIES):  # names[0] may be a list, which no dict can look up
+        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: "
+                         f"{', '.join(FAMILIES)}")
+    return FAMILIES[names[0]]
 
 
 def refuse_unsupported(raw, required, where):
@@ -601,23 +610,13 @@ def refuse_unsupported(raw, required, where):
             raise ValueError(f"{where}: {key} = {raw[key]!r:.80} is not supported (only {value!r})")
 
 
-def family_of(raw, where):
-    """The family that a config.json names; None: written by save_backbone."""
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
-    if names[0] not in list(FAMILIES):
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: {known}")
-    return FAMILIES[names[0]]
-
-
 def config_from_json(raw, where="config.json"):
     """config.json, official or ours -> BackboneConfig. ValueError names the entry to blame."""
     family = family_of(raw, where)
     if family is None:
         return config_from_dict(BackboneConfig, raw.get("backbone"), f"{where}: backbone")
-    refuse_unsupported(raw, REQUIRED[family], where)
+    tied = {} if family == "llada" else dict(tie_word_embeddings=False)  # LLaDA's is weight_tying
+    refuse_unsupported(raw, {**REQUIRED, **tied}, where)
     raw = {entry: value for entry, value in raw.items() if value is not None}
     for entry in ("rope_scaling", "rope_parameters"):  # transformers 5 writes the second
         rope = raw.get(entry, {})
@@ -648,69 +647,40 @@ def config_from_json(raw, where="config.json"):
     return cfg
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Files: found, read with their checksums, replaced whole.
-
-def load_backbone(name_or_path, device=None, dtype=None, chat=None):
-    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
-    checkpoint (hub name or folder), or an adapter in PEFT's format, for which the base is loaded
-    first -> Backbone in eval mode. Raises FileNotFoundError or ValueError.
-
-    device: None picks cuda, mps or cpu. dtype: None keeps the checkpoint's. chat: do prompts go
-    through the chat template? None: as saved by save_backbone or save_adapter, else guess_chat."""
-    device = default_device(device)
-    if name_or_path == "tiny":
-        return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
-    folder = find_folder(name_or_path)
-    if (folder / "adapter_config.json").exists():
-        if chat is None:
-            saved = (open_shard(folder / "adapter_model.safetensors").metadata() or {}).get("chat")
-            chat = saved == "True" if saved else guess_chat(name_or_path, folder)[0] or None
-        return load_adapter(load_backbone(adapter_base(folder), device, dtype, chat), folder)
-    raw = read_json(folder / "config.json")
-    cfg = config_from_json(raw, folder / "config.json")
-    why = "as asked for or saved"
-    if chat is None and "backbone" not in raw:
-        chat, why = guess_chat(name_or_path, folder)
-    cfg.chat = cfg.chat if chat is None else chat
-    if cfg.family != "tiny" and os.environ.get("RANK", "0") == "0":
-        print(f"{name_or_path}: prompts go {'through a chat template' if cfg.chat else 'in bare'} "
-              f"({why}; --chat and --no-chat decide)")
-    with torch.device("meta"):
-        model = Backbone(cfg)
-    names = {official_name(n, cfg.family): n for n, _ in model.named_parameters()}
-    shards = [open_shard(folder / file, device) for file in shard_files(folder)]
-    return load_weights(model, names, shards, folder, dtype).eval()
+# Our names of tensors -> the checkpoint's: regular expressions, applied from left to right. LLaDA:
+# layers.0.ffn.gate -> model.transformer.blocks.0.ff_proj   embed_tokens -> model.transformer.wte
+# layers.0.ffn.down -> model.transformer.blocks.0.ff_out   norm    -> model.transformer.ln_f
+# layers.0.attn.o   -> model.transformer.blocks.0.attn_out   lm_head    -> model.transformer.ff_out
+QWEN_NAMES = [(r"attn_norm", "input_layernorm"), (r"ffn_norm", "post_attention_layernorm"),
+              (r"attn\.([qkvo])\b", r"attn.\1_proj"), (r"\b(gate|up|down)\b", r"\1_proj"),
+              (r"\battn\.", "self_attn."), (r"ffn\.router", "mlp.gate"), (r"\bffn\.", "mlp."),
+              (r"^(?!lm_head)", "model.")]
+NAMES = {
+    "llada": [(r"\b(lm_head|ffn\.down)\b", "ff_out"), (r"ffn\.gate", "ff_proj"),
+              (r"ffn\.up", "up_proj"), (r"ffn_norm", "ff_norm"), (r"attn\.o\b", "attn_out"),
+              (r"attn\.([qkv])\b", r"\1_proj"), (r"^norm", "ln_f"), (r"^embed_tokens", "wte"),
+              (r"^layers", "blocks"), (r"^", "model.transformer.")],
+    "dream": QWEN_NAMES, "llada_moe": QWEN_NAMES, "tiny": []}
 
 
-def guess_chat(name, folder):
-    """Do prompts to a published model or adapter go through a chat template, and what says so? A
-    Base model's tokenizer may bring a template all the same, so its name counts first."""
-    name = re.sub(r"[/\\]snapshots[/\\]\w+$", "", os.path.abspath(name))  # the hub's cache
-    words = r"(?<![a-z])(base|instruct|chat|llada-1\.5)(?![a-z\d])"
-    said = re.findall(words, os.path.basename(name).lower())
-    if said:
-        return said != ["base"], f"its name says {said[0]}"
-    held = (folder / "chat_template.jinja").exists() or any(
-        read_json(file).get("chat_template") for file in folder.glob("tokenizer_config.json"))
-    return held, f"its folder holds {'a' if held else 'no'} template"
+def official_name(name, family):
+    """The checkpoint's name of our parameter or module."""
+    for ours, theirs in NAMES[family]:
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def load_weights(model, names, shards, where, dtype=None):
-    """names: {key in the files: parameter}. A model on `meta` is filled tensor by tensor, each goes
-    straight to its place. On the CPU with dtype=None (as in the files) they stay views of the
-    mapped files.
-
-    ValueError names keys that are missing, unexpected, misshapen or not float before any weight is
-    read, then NaN or infinity in a tensor that no checksum of ours protects."""
+    """Fill parameters, also on `meta`; names: {key in the files: parameter}. dtype=None: as in the
+    files, whose mapped views the weights stay on the CPU. ValueError names what does not fit before
+    any weight is read, then NaN or infinity in files without a checksum of ours."""
     home = {key: shard for shard in shards for key in shard.keys()}
     problems = [f"missing {key}" for key in sorted(names.keys() - home.keys())]
     problems += [f"unexpected {key}" for key in sorted(home.keys() - names.keys())]
     kinds = {"F64", "F32", "F16", "BF16"}
     for key in sorted(names.keys() & home.keys()):
-        found = home[key].get_slice(key)
+        found, expected = home[key].get_slice(key), list(model.get_parameter(names[key]).shape)
         shape, kind = found.get_shape(), found.get_dtype()
-        expected = list(model.get_parameter(names[key]).shape)
         if shape != expected:
             problems.append(f"{key} has shape {shape}, expected {expected}")
         if kind not in kinds:
@@ -721,11 +691,10 @@ def load_weights(model, names, shards, where, dtype=None):
     if problems:
         raise ValueError(f"{where}: the weights do not fit the {model.cfg.family} config "
                          f"({len(problems)} problems): {'; '.join(problems[:5])}")
-    title = f"loading {len(shards)} files"
-    for key, shard in tqdm(home.items(), title, unit="tensor", disable=len(shards) == 1):
+    for key, shard in tqdm(home.items(), f"loading {len(shards)} files", disable=len(shards) == 1):
         value = shard.get_tensor(key).to(dtype)
         trusted = "crc32" in (shard.metadata() or {})
-        # aminmax passes on NaN; one pass and no copy, so 16 GB take seconds
+        # aminmax passes on NaN, in one pass and without a copy
         if not trusted and not torch.stack(value.aminmax()).isfinite().all():
             raise ValueError(f"{where}: {key} holds NaN or infinity")
         module, _, attribute = names[key].rpartition(".")
@@ -746,44 +715,38 @@ def save_backbone(model, folder, tokenizer=None):
     tensors = {official_name(n, model.cfg.family): p for n, p in model.named_parameters()}
     save_tensors(tensors, folder / "model.safetensors")
     write_json(folder / "config.json", {
-        "architectures": ["Backbone"], "backbone": dataclasses.asdict(model.cfg),
+        "architectures": ["Backbone"], "backbone": asdict(model.cfg),
         "vocabulary": tokenizer and vocabulary_hash(tokenizer)})
 
+
+# --------------------------------------------------------------------------------------------------
+# 7. Files: found, read with their checksums, replaced whole.
 
 def default_device(wanted=None):
     """`wanted` if it can be used here (else ValueError), by default the fastest there is."""
     if wanted is None:
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        slow = "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else slow
     try:
         torch.zeros(1, device=wanted).item()  # fails on `meta`, where nothing can be computed
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device {wanted!r} cannot be used here ({brief(e)[:80]}); "
-                         f"cpu always can") from None
+        raise ValueError(f"device {wanted!r} cannot be used here ({e!r:.70}); cpu always can")
     return wanted
 
 
-def brief(e):
-    """An exception as one line."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-
-
 def find_folder(name_or_path, weights=True):
-    """A folder as it is; a hub name through huggingface_hub (its cache first, then a download).
-    weights=False: settings and tokenizer are enough, so 16 GB need not be fetched."""
+    """A folder as it is, a hub name through huggingface_hub; weights=False: without the weights."""
     name = str(name_or_path)
     if name and Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or not re.fullmatch(r"(?!\.|runs/)[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
     from huggingface_hub import snapshot_download
+    files = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
     try:
-        files = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
         return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as e:  # its own errors are many; the cause is kept
-        text = f"{name} is no folder and could not be fetched from the hub ({brief(e)})"
-        raise FileNotFoundError(text) from e
+    except Exception as e:  # its own errors are many
+        raise FileNotFoundError(f"{name}: no folder, nor fetched from the hub ({e!r:.200})") from e
 
 
 def read_json(path):
@@ -796,7 +759,7 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
-    raw.pop("crc32", None)  # of older versions
+    raw.pop("crc32", None)  # a checksum that some files carry, no setting
     return raw
 
 
@@ -816,10 +779,9 @@ def read_lines(path, read, most=None):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows' BOM
                 if text.strip():
                     found.append(read(json.loads(text), len(line)))
-            except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
+            except (ValueError, RecursionError) as e:
+                what = "" if type(e) is ValueError else "not valid JSON: "
+                raise ValueError(f"{path}, line {number}: {what}{e}") from None
     if not found:
         raise ValueError(f"{path} is empty")
     return found
@@ -837,27 +799,25 @@ def write_atomically(path, write):
         with open(part, "r+b") as f:  # Windows flushes no file that is open for reading only
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException as e:  # Ctrl-C is no Exception
+    except BaseException as e:  # also Ctrl-C; torch and safetensors have errors of their own
         Path(part).unlink(missing_ok=True)
         if not isinstance(e, Exception):
             raise
-        # torch and safetensors have their own errors for a full disk
-        raise OSError(f"{path} could not be written ({brief(e)}); what was there before is intact. "
+        raise OSError(f"{path} could not be written ({e!r:.200}); what was there before is intact. "
                       f"Disk full? Make room and go on with --resume") from e
 
 
 def shard_files(folder):
     """The names of a checkpoint's weight files. ValueError if its index is not one."""
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.exists():
-        return ["model.safetensors"]
+        return [single.name]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map must be an object, not {weight_map!r:.80}")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: weight_map names {file!r:.80}, which is no file here")
-    single = folder / "model.safetensors"
     if single.exists() and single.name not in weight_map.values():
         raise ValueError(f"{index} and {single} are two sets of weights: delete the older one")
     return sorted(set(weight_map.values()))
@@ -875,8 +835,7 @@ def open_shard(path, device="cpu"):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): truncated or corrupted? "
-                         f"Fetch or save it again") from None
+        raise ValueError(f"{path} cannot be read ({e}): truncated or corrupted? Get it anew") from e
 
 
 def save_tensors(tensors, path, **more):
@@ -888,8 +847,7 @@ def save_tensors(tensors, path, **more):
 
 
 def checksum(names, get):
-    """CRC-32 of names and bytes, one tensor get(name) at a time. The format has none of its own,
-    and a flipped bit in a weight is a wrong number in a table."""
+    """CRC-32 of names and bytes, one tensor get(name) at a time; the format has none of its own."""
     crc = 0
     for name in sorted(names):
         data = get(name).cpu().reshape(-1).view(torch.uint8).numpy()
@@ -924,7 +882,7 @@ def adapter_config(folder):
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
     refuse_unsupported(raw, ADAPTER_REQUIRED, path)
-    used = {f.name: raw[f.name] for f in dataclasses.fields(AdapterConfig) if f.name in raw}
+    used = {f.name: raw[f.name] for f in fields(AdapterConfig) if f.name in raw}
     return config_from_dict(AdapterConfig, used, path)
 
 
@@ -945,16 +903,15 @@ def save_adapter(model, folder, base):
     tensors = {f"base_model.model.{n}.lora_{x}.weight": getattr(m, f"lora_{x}")
                for n, m in adapted.items() for x in "AB"}
     first = next(iter(adapted.values()))
-    # Full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too.
-    names = {re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in adapted}
+    # full names: by its last name alone, LLaDA's head (also "ff_out") would be adapted too
+    names = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in adapted})
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base),
                   r=first.lora_rank, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout,
                   bias="none", fan_in_fan_out=False, inference_mode=True,
-                  target_modules="|".join(sorted(names)))
-    # PEFT warns of entries that it does not know. So alpha, the one number that could be wrong in
-    # silence, stands beside the weights a second time, and chat with it.
-    numbers = dict(lora_alpha=str(first.lora_alpha), chat=str(model.cfg.chat))
-    save_tensors(tensors, folder / "adapter_model.safetensors", **numbers)
+                  target_modules="|".join(names))
+    # beside the weights: alpha, for a wrong one is silent, and chat, an entry unknown to PEFT
+    save_tensors(tensors, folder / "adapter_model.safetensors",
+                 lora_alpha=str(first.lora_alpha), chat=str(model.cfg.chat))
     write_json(folder / "adapter_config.json", config)
 
 
@@ -964,8 +921,8 @@ def load_adapter(model, folder):
     shard = open_shard(folder / "adapter_model.safetensors", model.device)
     alpha = (shard.metadata() or {}).get("lora_alpha", str(config.lora_alpha))
     if alpha != str(config.lora_alpha):
-        raise ValueError(f"{folder}: trained with lora_alpha = {alpha}, but adapter_config.json "
-                         f"says {config.lora_alpha}")
+        raise ValueError(f"{folder}/adapter_config.json: trained with lora_alpha = {alpha}, not "
+                         f"{config.lora_alpha}")
     names = {}
     for name, module in model.named_modules():
         official = f"base_model.model.{official_name(name, model.cfg.family)}"
@@ -979,12 +936,23 @@ def load_adapter(model, folder):
 # --------------------------------------------------------------------------------------------------
 # 9. Tokenizers and chat formats.
 
-# LLaDA-MoE's card could not be read here; this is the format of the same authors' LLaDA2 (assumed).
+# Assumed: LLaDA-MoE has the format of the same authors' LLaDA2. Only for a tokenizer without one.
 ROLE_TEMPLATE = (
-    "{% for m in messages %}"
-    "<role>{{ {'system':'SYSTEM','user':'HUMAN','assistant':'ASSISTANT'}[m.role] }}</role>"
+    "{% for m in messages %}<role>{{ m.role | upper | replace('USER', 'HUMAN') }}</role>"
     "{{ m.content }}<|role_end|>{% endfor %}"
     "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+
+
+def guess_chat(name, folder):
+    """Do prompts to a published model or adapter go through a chat template, and what says so? A
+    Base model's tokenizer may bring a template all the same, so its name counts first."""
+    name = re.sub(r"[/\\]snapshots[/\\]\w+$", "", os.path.abspath(name).lower())  # the hub's cache
+    said = re.findall(r"(?<![a-z])(base|instruct|chat|llada-1\.5)(?![a-z\d])", Path(name).name)
+    if said:
+        return said != ["base"], f"its name says {said[0]}"
+    held = (folder / "chat_template.jinja").exists() or any(
+        read_json(file).get("chat_template") for file in folder.glob("tokenizer_config.json"))
+    return held, f"its folder holds {'a' if held else 'no'} template"
 
 
 def load_tokenizer(name_or_path):
@@ -996,16 +964,14 @@ def load_tokenizer(name_or_path):
         home = find_folder(adapter_base(folder), weights=False)
         folder = folder if (folder / "tokenizer_config.json").exists() else home
     config = read_json(home / "config.json")
-    kind = PreTrainedTokenizerFast
-    if family_of(config, home / "config.json") == "dream" and (folder / "vocab.json").exists():
-        kind = Qwen2TokenizerFast  # AutoTokenizer asks for Dream's remote class; the same ids
+    dream = family_of(config, home / "config.json") == "dream" and (folder / "vocab.json").exists()
+    kind = Qwen2TokenizerFast if dream else PreTrainedTokenizerFast  # AutoTokenizer: remote code
     try:
         tokenizer = kind.from_pretrained(str(folder))
     except Exception as e:
-        raise ValueError(f"{folder}: no tokenizer could be read ({brief(e)})") from e
+        raise ValueError(f"{folder}: no tokenizer could be read ({e!r:.200})") from e
     if folder == home and config.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
-        raise ValueError(f"{folder}: the tokenizer has another vocabulary than the one the model "
-                         f"was trained with")
+        raise ValueError(f"{folder}: the tokenizer has another vocabulary than the model's")
     return tokenizer
 
 
@@ -1032,21 +998,19 @@ def chat_text(tokenizer, cfg, messages, reply):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply,
                                              chat_template=None if own else ROLE_TEMPLATE)
     except Exception as e:  # a template may raise what it likes
-        raise ValueError(f"the chat template refuses these messages ({brief(e)})") from None
+        raise ValueError(f"the chat template refuses these messages ({e!r:.200})") from None
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     return text.removesuffix(header) if cfg.family == "llada" and not reply else text
 
 
 def encode(tokenizer, text, cfg=None):
-    """Text -> list of ids. ValueError names half a character, words and ids beyond the vocabulary.
-    cfg: of the model that reads the ids."""
+    """Text -> list of ids, which the model with `cfg` must know. ValueError names what is wrong."""
     half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ValueError(f"the text holds half a character, a lone surrogate {half[0]!r}, at "
                          f"position {half.start()}")
     if tokenizer.unk_token is None and "WordLevel" in str(type(tokenizer.backend_tokenizer.model)):
-        known = tokenizer.get_vocab()
-        unknown = [word for word in dict.fromkeys(text.split()) if word not in known]
+        unknown = sorted(set(text.split()).difference(tokenizer.get_vocab()))
         if unknown:
             raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown)[:80]} "
                              f"(python niah.py --vocabulary lists it)")
@@ -1059,8 +1023,7 @@ def encode(tokenizer, text, cfg=None):
 
 def encode_prompt(tokenizer, cfg, prompt, begun=""):
     """A text -> ids, through the chat template or, Base models, as it is (Dream: after BOS); a list
-    of messages -> ids, always through it. begun: first words of the answer. ValueError if there are
-    no ids."""
+    of messages -> ids, always through it. begun: first words of the answer. ValueError: no ids."""
     chat = cfg.chat or isinstance(prompt, list)
     start = [] if chat or cfg.bos_id is None else [cfg.bos_id]
     if chat:
@@ -1075,43 +1038,21 @@ def encode_prompt(tokenizer, cfg, prompt, begun=""):
 def encode_pair(tokenizer, cfg, example):
     """{"prompt", "response"} or {"messages"} (the last one is the response) -> prompt ids, response
     ids with their end. ValueError if one of them is empty."""
-    if "messages" in example or cfg.chat:
-        messages = example.get("messages") or [
-            {"role": "user", "content": example["prompt"]},
-            {"role": "assistant", "content": example["response"]}]
-        if not cfg.chat and cfg.family != "tiny":
-            raise ValueError("\"messages\" go through the chat template: leave out --no-chat")
-        text = chat_text(tokenizer, cfg, messages[:-1], reply=True)
+    prompt, answer, messages = (example.get(key) for key in ("prompt", "response", "messages"))
+    if messages and not cfg.chat and cfg.family != "tiny":
+        raise ValueError("\"messages\" go through the chat template: leave out --no-chat")
+    if messages or cfg.chat:
+        messages = messages or [dict(role="user", content=prompt),
+                                dict(role="assistant", content=answer)]
+        prompt = messages[:-1]
+        text = chat_text(tokenizer, cfg, prompt, reply=True)
         whole = chat_text(tokenizer, cfg, messages, reply=False)
         if not whole.startswith(text):
             raise ValueError(f"by the chat template a conversation does not start with its prompt, "
                              f"which ends with {text[-30:]!r}: the answer cannot be told from it")
-        prompt = encode(tokenizer, text, cfg)
-        said = messages[-1]["content"].strip()  # a template adds to an empty answer, too
-        response = encode(tokenizer, whole[len(text):], cfg) if said else []
-    else:
-        prompt = encode_prompt(tokenizer, cfg, example["prompt"])
-        response = encode(tokenizer, example["response"], cfg)
-    if not prompt or not response:
-        raise ValueError(f"the {'response' if prompt else 'prompt'} is empty")
+        # a template adds to an empty answer, too
+        answer = whole[len(text):] if messages[-1]["content"].strip() else ""
+    prompt, response = encode_prompt(tokenizer, cfg, prompt), encode(tokenizer, answer, cfg)
+    if not response:
+        raise ValueError("the response is empty")
     return prompt, response if response[-1] in cfg.stop_ids else [*response, cfg.eos_id]
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Command lines.
-
-def cli(main):
-    """Run main(); bad input ends as one line on stderr and exit code 2, not as a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # Windows' code pages lack most characters
-            stream.reconfigure(errors="replace")
-    try:
-        return main()
-    except (ValueError, OSError) as e:
-        message, code = f"error: {e}", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted (a training run goes on with --resume)", 130
-    for bar in list(tqdm._instances):  # an open progress bar has not ended its line
-        bar.close()
-    print(message, file=sys.stderr)
-    sys.exit(code)
