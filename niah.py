@@ -2,16 +2,14 @@
 
 Sources: RULER (arXiv 2404.06654) and BABILong (2406.10149), the benchmarks behind MemDLM's tables.
 Idea: the haystack is filler, the needles are facts "key = value ." between its sentences, the
-question comes last with the asked key right before the answer. Each task is a miniature with the
-structure of the original; it says what was changed. Distractor needles are mandatory: without them
-"copy every value you see" scores 100 %.
+question comes last with the asked key right before the answer. Each task is a miniature of the
+original and says what was changed. Without distractor needles "copy every value" scores 100 %.
 Scoring: RULER's recall = mean over the references of [reference is a substring of the output, upper
 and lower case alike]. BABILong's (stories) = the target is the only place that the output's first
 sentence names, as in its own code; the harness that MemDLM used takes any output that holds the
 target. Beside it exact match, which is stricter: order and number count too.
-Held out: training and evaluation draw from different seeds. In all tasks but stories and common
-they also draw from disjoint sets of pairs: a "key = value" of the evaluation never occurs in
-training, so a right answer was read from the prompt, not remembered.
+Held out: training and evaluation draw from different seeds and, in all tasks but stories and
+common, from disjoint sets of pairs: a right answer was read from the prompt, not remembered.
 Left out: essays as filler, 7-digit numbers, UUIDs (closed vocabulary), RULER's one-shot examples.
 Run: python niah.py --checkpoint runs/memdlm
 """
@@ -31,9 +29,8 @@ import torch.nn.functional as F
 
 from backbone import add_flags, cli, encode, encode_prompt, given_flags, option, read_lines
 from memdlm import MemDLMConfig, fixed_memory
-from sample import (WRITERS, append_rows, chosen_arms, cut, estimate, generate,
-                    inner_loop_settings, join_ranks, left_pad, load_arms, ranks, show_estimate,
-                    write_texts)
+from sample import (append_rows, chosen_arms, cut, estimate, generate, inner_loop_settings,
+                    join_ranks, left_pad, load_arms, ranks, show_estimate, write_texts)
 
 # --------------------------------------------------------------------------------------------------
 # 0. The closed vocabulary: every text of the tiny model is made of these words.
@@ -48,8 +45,7 @@ PLACES = "bathroom bedroom hallway kitchen office cellar".split()
 OBJECTS = "apple football milk".split()
 FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
 FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
-# "dropped" is in no text, but without it every id behind it would be another, and old checkpoints
-# would read other words.
+# "dropped" is in no text, but old checkpoints count it: without it they would read other words
 FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
 
 
@@ -66,9 +62,8 @@ def tiny_tokenizer():
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel(vocabulary(), unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    pad, mask, eos = SPECIALS
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, mask_token=mask,
-                                   eos_token=eos)
+    special = dict(zip(("pad_token", "mask_token", "eos_token"), SPECIALS))
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 @dataclass
@@ -116,24 +111,18 @@ def pick(rng, words, used, split, after=None):
         if allowed and word not in used:
             used.add(word)
             return word
-    # rare; make_samples draws another text
-    raise LookupError("no partner left")
+    raise LookupError("no partner left")        # rare; make_samples draws another text
 
 
-def filler(rng, n):
-    """n sentences "the sky is blue ." in which a noun keeps its adjective throughout a text: there
-    is a structure to learn, unlike in random words and in RULER's five fixed sentences."""
+def hide(rng, facts, query, length, count, asked):
+    """Facts in their order between as many filler sentences as fit into `length` tokens, which
+    count(text) counts, as in RULER with the model's own tokenizer. Returns the text and the depth,
+    0..1, of the asked fact."""
+    # a noun keeps its adjective in a text: a structure to learn, unlike RULER's five sentences
     adjective = {noun: rng.choice(FILLER_ADJECTIVES) for noun in FILLER_NOUNS}
-    return [f"the {noun} is {adjective[noun]} ." for noun in rng.choices(FILLER_NOUNS, k=n)]
-
-
-def hide(rng, facts, query, length, count):
-    """Facts in their order between as many filler sentences as fit into `length` tokens.
-
-    count(text) measures in tokens of the model's own tokenizer, as RULER does. Returns the text and
-    the depth of each fact, 0..1."""
-    room = length - count(" ".join(facts + [query]))
-    lines = filler(rng, max(0, room) // count("the sky is blue ."))
+    room = max(0, length - count(" ".join(facts + [query])))
+    nouns = rng.choices(FILLER_NOUNS, k=room // count("the sky is blue ."))
+    lines = [f"the {noun} is {adjective[noun]} ." for noun in nouns]
     while lines and count(" ".join(facts + lines + [query])) > length:
         lines.pop()
     n = len(facts) + len(lines)
@@ -141,7 +130,7 @@ def hide(rng, facts, query, length, count):
     # in ascending order each insertion lands at its final index
     for place, fact in zip(places, facts):
         lines.insert(place, fact)
-    return " ".join(lines + [query]), [place / max(1, n - 1) for place in places]
+    return " ".join(lines + [query]), places[facts.index(asked)] / max(1, n - 1)
 
 
 def count_words(text):
@@ -153,33 +142,26 @@ def count_words(text):
 
 def needles(task, rng, length, split, count, n_keys, n_values):
     """One key with n_values values is asked for, among n_keys - 1 distractors with one each."""
-    keys = set()
-    values = set()
-    facts = []
+    keys, values, facts = set(), set(), []
     for n in [n_values] + [1] * (n_keys - 1):
         key = pick(rng, KEYS, keys, split)
         facts += [(key, pick(rng, VALUES, values, split, after=key)) for _ in range(n)]
     asked = facts[0][0]
     rng.shuffle(facts)
-    # in the order of appearance
-    refs = [value for key, value in facts if key == asked]
+    refs = [value for key, value in facts if key == asked]      # in the order of appearance
     lines = [f"{key} = {value} ." for key, value in facts]
-    text, depths = hide(rng, lines, f"? {asked} =", length, count)
-    depth = depths[[key for key, _ in facts].index(asked)]
+    text, depth = hide(rng, lines, f"? {asked} =", length, count, f"{asked} = {refs[0]} .")
     return Sample(task, text, " ".join(refs), refs, n_values / len(values), depth, 0, length)
 
 
 def chains(task, rng, length, split, count, hops, shuffled, direct=False):
     """Two chains "a = 47 . b = a .": which names hold 47, or (direct) what does the last hold?"""
-    used = set()
-    values = set()
-    pair = []
+    used, values, pair = set(), set(), []
     for _ in range(2):
         names = [pick(rng, KEYS, used, split)]
         for _ in range(hops):
             names.append(pick(rng, KEYS, used, split, after=names[-1]))
-        value = pick(rng, VALUES, values, split, after=names[0])
-        pair.append((value, names))
+        pair.append((pick(rng, VALUES, values, split, after=names[0]), names))
     lines = [[f"{a} = {b} ." for a, b in zip(names, [value] + names)] for value, names in pair]
     # the two chains are interleaved, each with its definitions before their use
     order = [0] * (hops + 1) + [1] * (hops + 1)
@@ -188,25 +170,21 @@ def chains(task, rng, length, split, count, hops, shuffled, direct=False):
     if shuffled:
         rng.shuffle(facts)
     value, names = pair[0]
-    query = f"? {names[-1]} is" if direct else f"? = {value}"
-    refs = [value] if direct else names
-    text, depths = hide(rng, facts, query, length, count)
-    depth = depths[facts.index(f"{names[0]} = {value} .")]
+    query, refs = (f"? {names[-1]} is", [value]) if direct else (f"? = {value}", names)
+    text, depth = hide(rng, facts, query, length, count, f"{names[0]} = {value} .")
     return Sample(task, text, " ".join(refs), refs, 0.5, depth, hops, length)
 
 
 def resolve(rng, length, split, count, least=0, most=4):
-    """Variable tracking the other way round, answered at once: "? c is" asks for the value c holds,
-    `least` to `most` hops up its chain. No name on the way may be written down, so what one pass
-    has worked out is lost to the next, unless there is a memory."""
+    """Variable tracking the other way round: "? c is" asks for the value c holds, `least` to `most`
+    hops up its chain. No name on the way may be written down: without a memory it is lost."""
     hops = rng.randint(least, most)
     return chains("resolve", rng, length, split, count, hops=hops, shuffled=True, direct=True)
 
 
 def common(rng, length, split, count):
-    """RULER common words: 3 words stand 6 times as often as all others (its own ratio below 4K
-    tokens). Longer texts repeat more; there is no filler. Differs: RULER asks for ten words, in a
-    numbered list; the answer here is in vocabulary order."""
+    """RULER common words: 3 words stand 6 times as often as all others (its ratio below 4K tokens).
+    No filler. Differs: RULER asks for ten words; the answer here is in vocabulary order."""
     words = rng.sample(KEYS, len(KEYS))
     top = sorted(words[:3], key=KEYS.index)
     per_word = (count(" ".join(KEYS)) + 2) / len(KEYS)
@@ -220,14 +198,12 @@ def common(rng, length, split, count):
 
 
 def stories(rng, length, split, count):
-    """BABILong qa2, two supporting facts: people take objects and move; where is the object? Kept:
-    the latest fact wins, an object moves with its holder, facts keep their order between filler
-    sentences. Left out: putting objects down. The answer names the holder, then the place (the
-    place alone was not learned in minutes); only the place is scored. Chance: one of its places."""
+    """BABILong qa2, two supporting facts: people take objects and move; where is the object? Left
+    out: putting it down. The answer names the holder, then the place, which alone is scored (alone
+    it was not learned in minutes). Chance: one of the text's places."""
     place, holder, facts = {}, {}, []
     while len(facts) < 8:
-        who = rng.choice(PEOPLE)
-        thing = rng.choice(OBJECTS)
+        who, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
         free = who in place and thing not in holder
         if free and (rng.random() < 0.3 or len(facts) == 7 and not holder):
             holder[thing] = who
@@ -239,21 +215,18 @@ def stories(rng, length, split, count):
         raise LookupError("nothing was taken")
     asked = rng.choice(sorted(holder))
     who = holder[asked]
-    text, depths = hide(rng, facts, f"? where {asked}", length, count)
-    depth = depths[facts.index(f"{who} took {asked} .")]
+    text, depth = hide(rng, facts, f"? where {asked}", length, count, f"{who} took {asked} .")
     chance = 1 / len(labels_in(text))
     return Sample("stories", text, f"{who} {place[who]}", [place[who]], chance, depth, 1, length)
 
 
 def facts(rng, length, split, count, n=None, most=24):
     """For fast weights: n keys with one value each (default: 1 to `most`), one is asked for."""
-    n_keys = n or rng.randint(1, most)
-    return needles("facts", rng, length, split, count, n_keys=n_keys, n_values=1)
+    return needles("facts", rng, length, split, count, n or rng.randint(1, most), n_values=1)
 
 
 def ask(sample, questions, rng):
-    """The same text with several of its facts asked for, one a sample, each at most once more often
-    than another."""
+    """The same text with several of its facts asked for, one a sample, all equally often."""
     found = re.findall(r"(\w+) = (\w+) \.", sample.text)
     rng.shuffle(found)
     asked = (found * questions)[:questions]
@@ -269,22 +242,17 @@ TASKS = {
     # RULER niah_multivalue: all four values of one key. The three distractor keys are ours.
     "multivalue": partial(needles, "multivalue", n_keys=4, n_values=4),
     # RULER variable tracking: "a = 47 . b = a . c = b ." and the question which names hold 47.
-    # Differs: RULER has one chain and tells how many variables to name; here is a second chain as
-    # distractor, and the number is not told.
+    # Differs: a second chain as distractor, and the number of names is not told.
     "tracking": partial(chains, "tracking", hops=2, shuffled=False),
     # The same with RULER's 4 hops, and lines shuffled, so that no reading order helps.
     "tracking4": partial(chains, "tracking4", hops=4, shuffled=True),
-    "resolve": resolve,
-    "common": common,
-    "stories": stories}
-# No backbone is pretrained on these: facts is for fast weights, and more_hops asks whether slots
-# walk further than they were trained to.
+    "resolve": resolve, "common": common, "stories": stories}
+# No backbone is pretrained on these: facts is for fast weights, more_hops asks slots to walk on
 ALL_TASKS = {**TASKS, "facts": facts, "more_hops": partial(resolve, least=5, most=6)}
 
 
 def make_samples(tasks, length, n, seed, split="train", count=count_words):
-    """n samples, tasks drawn at random; equal arguments, equal samples. split: train or eval.
-    tasks: names in ALL_TASKS, or functions."""
+    """n samples of tasks (names or functions) drawn at random; equal arguments, equal samples."""
     rng = random.Random(f"{split} {seed}")
     samples = []
     while len(samples) < n:
@@ -314,10 +282,8 @@ def token_counter(tokenizer, config):
 
 
 def encoded_samples(backbone, tokenizer, tasks, length, n, seed, gen_length):
-    """n evaluation samples and the ids of their prompts, with an introduction for a model that was
-    not trained on the tasks. ValueError if one is too long."""
-    config = backbone.cfg
-    count = token_counter(tokenizer, config)
+    """n samples, the ids of their prompts, with an introduction for a model not trained on them."""
+    config, count = backbone.cfg, token_counter(tokenizer, backbone.cfg)
     # no text is made that is far too long
     samples = make_samples(tasks, min(length, 2 * config.max_len), n, seed, "eval", count)
     intro = "" if config.family == "tiny" else INTRO
@@ -356,11 +322,8 @@ def scored(sample, ids, tokenizer, config, **columns):
 
 
 def results(jobs, answer, tokenizer, config, out):
-    """The rows of all jobs, one a sample: sample.append_rows. A job: (samples, ...); answer(*job)
-    yields ids (n, gen_length) and {column: value}.
-
-    Without `out`, in training, every process does all jobs, because each holds a part of the
-    layers."""
+    """The rows of all jobs (samples, ...), one a sample; answer(*job) yields ids, {column: value}.
+    Without `out`, in training, every process has a part of the layers, and so it does all jobs."""
     def work(job):
         return [scored(s, row, tokenizer, config, **columns)
                 for ids, columns in answer(*job) for s, row in zip(job[0], ids)]
@@ -384,9 +347,8 @@ class Line(Sample):
     entries: dict = None    # all that the line holds, but for the text
 
     def score(self, output):
-        """RULER: string_match_all as recall, for its qa tasks string_match_part. BABILong: recall
-        is the harness's rule, exact the official one: of the labels that the question does not
-        name, the output's first sentence names the target alone."""
+        """RULER: string_match_all, qa: string_match_part. BABILong: recall is the harness's rule,
+        exact the official: of labels not in the question the first sentence names the target."""
         found, exact = super().score(output)
         if self.labels:
             first, asked = output.lower().split(".")[0], self.entries["question"].lower()
@@ -416,9 +378,8 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
             text = f"{text}\n{refs.pop()}"
             if not set(refs[0].lower().split(",")) <= set(labels):
                 raise ValueError(f"target {refs[0]!r:.40} is no answer of {task}: name a file of "
-                                 f"BABILong after its task, qa1 to qa10")
-        # no token has 100 bytes on average
-        fits = size < 100 * limit
+                                 "BABILong after its task, qa1 to qa10")
+        fits = size < 100 * limit                       # no token has 100 bytes on average
         ids = encode_prompt(tokenizer, backbone.cfg, text, begun or "") if fits else []
         entries = {k: v for k, v in raw.items() if k != "input"}
         return ids, Line(task, text, " ".join(refs), refs, 0.0 if ruler else 1 / len(labels),
@@ -442,8 +403,7 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
 
 def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=None,
              steps=None, **columns):
-    """Decode n texts a task and length with every arm: `decode`. ValueError, before anything is
-    decoded, where a text is too long."""
+    """Decode n texts a task and length with every arm: `decode`."""
     gen_length = gen_length or answer_budget(tokenizer)
     # the longest first, so that one that does not fit is found at once
     cells = {cell: encoded_samples(backbone, tokenizer, [cell[1]], cell[0], n, seed, gen_length)
@@ -456,10 +416,8 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
            inner=MemDLMConfig(), **columns):
     """The rows {task, length, steps, arm, depth, output, recall, exact, ...} of all cells
     (gen_length, samples, prompts), in LLaDA's settings for these tasks: one block, temperature 0.
-
     steps: numbers of denoising steps, by default (and with a threshold) one per answer token.
-    passes: redundant recomputation instead, MetaState's "Information Island": see `repeat`.
-    inner: of the arms that write prompts, whose cost is told."""
+    passes: `repeat` instead. inner: of the arms that write prompts, whose cost is told."""
     numbers = [passes] if passes else steps if threshold is None else None
     jobs = [(*batch, gen_length, arm, number) for gen_length, samples, prompts in cells
             for arm, number in product(arms, numbers or [gen_length])
@@ -467,12 +425,12 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
 
     def answer(samples, prompts, gen_length, arm, number):
         if passes:
-            again = repeat(backbone, arms[arm], prompts, passes, gen_length)
-            for number, (ids, _) in enumerate(again, 1):
-                yield ids, dict(columns, arm=arm, steps=number)
+            found = enumerate(repeat(backbone, arms[arm], prompts, passes, gen_length), 1)
         else:
             ids = generate(backbone, prompts, memory=arms[arm], gen_length=gen_length,
                            steps=number, remasking="low_confidence", threshold=threshold)
+            found = [(number, (ids, None))]
+        for number, (ids, _) in found:
             yield ids, dict(columns, arm=arm, steps=number)
     if out and ranks()[0] == 0:
         print(cost(backbone, jobs, inner), flush=True)
@@ -482,30 +440,28 @@ def decode(backbone, tokenizer, arms, cells, out=None, steps=None, threshold=Non
 def cost(backbone, jobs, inner):
     """What the jobs of `decode` will take, in words."""
     text = f"at most {sum(passes for *_, passes in jobs):,} forward passes"
-    written = [(len(ids), max(map(len, ids))) for _, ids, _, arm, _ in jobs if arm in WRITERS]
-    if written:
-        # the paper: one step on each of two states of the whole prompt
-        masks, chunk = getattr(inner, "masks", 2), getattr(inner, "chunk", 0)
-        steps = sum(masks * math.ceil(n / (chunk or n)) for _, n in written)
-        batch, length = max(written, key=math.prod)
-        sizes = estimate(backbone.cfg, "adapt", batch, min(length, chunk or length), 0,
-                         inner=inner, weight_bytes=backbone.dtype.itemsize)
-        text += (f" and {steps:,} inner steps; memory to write {batch} x {length:,} tokens: "
-                 f"{show_estimate(sizes)}")
-    return text
+    sizes = [(len(ids), max(map(len, ids))) for _, ids, _, arm, _ in jobs if arm in ("on", "both")]
+    if not sizes:
+        return text
+    # the paper: one step on each of two states of the whole prompt
+    masks, chunk = getattr(inner, "masks", 2), getattr(inner, "chunk", 0) or backbone.cfg.max_len
+    steps = sum(masks * math.ceil(n / chunk) for _, n in sizes)
+    batch, length = max(sizes, key=math.prod)
+    parts = estimate(backbone.cfg, "adapt", batch, min(length, chunk), 0, inner=inner,
+                     weight_bytes=backbone.dtype.itemsize)
+    return (f"{text} and {steps:,} inner steps; memory to write {batch} x {length:,} tokens: "
+            f"{show_estimate(parts)}")
 
 
 @torch.no_grad()
 def repeat(backbone, memory, prompts, passes, gen_length):
-    """Passes over the same, fully masked answers; each yields the likeliest ids (n, gen_length) and
-    the memory's state. A frozen model gives the same every time; with slots a pass can use the last
-    one."""
+    """Redundant passes over the same, fully masked answers, MetaState's "Information Island": each
+    yields the likeliest ids (n, gen_length) and the memory's state."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
-    start = ids.shape[1]
     xt = F.pad(ids, (0, gen_length), value=backbone.cfg.mask_id)
+    at = F.pad(torch.zeros_like(attend), (0, gen_length), value=True)
     attend = F.pad(attend, (0, gen_length), value=True)
-    at = torch.arange(xt.shape[1], device=xt.device).expand_as(xt) >= start
-    predict, state = memory(backbone, xt, attend, start)
+    predict, state = memory(backbone, xt, attend, ids.shape[1])
     for _ in range(passes):
         logits, state = predict(xt, torch.ones(len(xt), device=xt.device), state, at)
         yield logits.argmax(-1).view(-1, gen_length), state
@@ -532,42 +488,33 @@ def phi_of_arm(backbone, tokenizer, samples, arm, inner):
         return None
     if arm == "flipped":
         inner = replace(inner, inner_lr=-inner.inner_lr)
-    model = (backbone, tokenizer)
     cover = [s.answer for s in samples] if arm == "uncovered" else None
-    phi, *_ = write_texts(*model, [s.text for s in samples], inner, cover=cover)
+    phi, *_ = write_texts(backbone, tokenizer, [s.text for s in samples], inner, cover=cover)
     if arm in ("phi", "open+phi"):
-        # A chunk of its own: in one chunk with its fact the asked key would be copied from the
-        # question, and not bound to its value
-        phi, *_ = write_texts(*model, [s.question for s in samples], inner, phi)
+        # a chunk of its own: beside its fact the asked key would be copied, not bound to its value
+        phi, *_ = write_texts(backbone, tokenizer, [s.question for s in samples], inner, phi)
     change = {"other": lambda x: x.roll(1, 0), "random": like}.get(arm)
     return {name: w.map(change) for name, w in phi.items()} if change else phi
 
 
 def like(x):
-    """Gaussian noise with the norm of each row of x (B, ...)."""
+    """Gaussian noise with the norm of each row of x (B, r, d)."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    dims = tuple(range(1, x.ndim))
-    return noise * (x.norm(dim=dims, keepdim=True) / noise.norm(dim=dims, keepdim=True))
+    return noise * (x.norm(dim=(1, 2), keepdim=True) / noise.norm(dim=(1, 2), keepdim=True))
 
 
 def closed_book(backbone, tokenizer, inner, *, arms, n_facts, lengths, n, seed, out=None,
                 gen_length=None):
     """Recall with the prompt hidden: the canvas holds the question and the answer, nothing else.
-
-    n_facts, lengths: lists; length 0 = the facts alone. A length that the facts do not fit is left
-    out. Returns rows {arm, facts, length, recall, output, ...}."""
-    config = backbone.cfg
+    n_facts, lengths: lists; length 0 = the facts alone. Rows {arm, facts, length, recall, ...}."""
+    config, count = backbone.cfg, token_counter(tokenizer, backbone.cfg)
     gen_length = gen_length or answer_budget(tokenizer)
-    count = token_counter(tokenizer, config)
-    cells = {}
-    for length, k in product(lengths, n_facts):
+    jobs = []
+    for length, k in product(dict.fromkeys(lengths), dict.fromkeys(n_facts)):
         samples = make_samples([partial(facts, n=k)], length, n, f"{seed} {k} facts", "eval", count)
         # where so many facts do not fit, the texts are longer than the column would say
         if length == 0 or max(count(sample.prompt) for sample in samples) <= length:
-            cells[length, k] = samples
-
-    jobs = [(samples, arm, k) for (length, k), arm in product(cells, arms)
-            for [samples] in batches(length, cells[length, k])]
+            jobs += [(some, arm, k) for arm in arms for [some] in batches(length, samples)]
 
     def answer(samples, arm, k):
         phi = phi_of_arm(backbone, tokenizer, samples, arm, inner)
@@ -583,10 +530,8 @@ def closed_book(backbone, tokenizer, inner, *, arms, n_facts, lengths, n, seed, 
 # 7. Tables.
 
 def interval(values):
-    """Mean of values in 0..1, and half the width of Wilson's 95 % interval.
-
-    Wilson's and not the normal one, which has width 0 where all values are alike. The values' own
-    variance stands for p (1 - p); where each is 0 or 1 that is the same."""
+    """Mean of values in 0..1, and half of Wilson's 95 % interval, which has a width where all are
+    alike. The values' own variance stands for p (1 - p), the same where each is 0 or 1."""
     x = torch.tensor(values, dtype=torch.float64)
     n, z = len(x), 1.96
     spread = x.var(correction=0).item() / n + (z / (2 * n)) ** 2
@@ -596,14 +541,12 @@ def interval(values):
 def table(rows, metric="recall", by="length", down=("task", "arm"), short=False):
     """A line for each pair of values of two columns (down), a column for each value of a third
     (by): mean in %, and half the 95 % interval over texts; short: the mean alone."""
-    columns = sorted({r[by] for r in rows})
-    width = 6 if short else 14
-
     def cell(values):
         if not values:
             return "-"
         mean, half = interval(values)
         return f"{100 * mean:.0f}" if short else f"{100 * mean:.1f} ±{100 * half:>4.1f}"
+    columns, width = sorted({r[by] for r in rows}), 6 if short else 14
     groups = {}
     for r in rows:
         names = (f"{c} {r[c]}" if isinstance(r[c], int) else r[c] for c in down)
@@ -619,11 +562,9 @@ def table(rows, metric="recall", by="length", down=("task", "arm"), short=False)
 
 
 def finer_table(rows, by_steps):
-    """Where in the text, or behind how many hops? For each arm single and multikey by depth and
-    length, or (by_steps) resolve by hops and steps."""
-    tasks, down, by = ("single", "multikey"), "depth", "length"
-    if by_steps:
-        tasks, down, by = ("resolve",), "hops", "steps"
+    """For each arm single and multikey by depth and length, or resolve by hops and steps."""
+    tasks, down, by = ((["resolve"], "hops", "steps") if by_steps
+                       else (["single", "multikey"], "depth", "length"))
     fifths = [f"{low}-{low + 20} %" for low in range(0, 100, 20)]
     some = [dict(r, depth=fifths[min(4, int(5 * r["depth"]))]) for r in rows if r["task"] in tasks]
     some.sort(key=lambda r: (r["arm"], r[down]))
@@ -631,8 +572,7 @@ def finer_table(rows, by_steps):
 
 
 def closed_table(rows):
-    """The closed book's. Chance is 1 / facts, which a memory of the values without their keys would
-    give."""
+    """The closed book's. Chance is what a memory of the values without their keys would give."""
     return (f"{table(rows, down=('facts', 'arm'))}\nlength 0: the facts alone; chance: one of the "
             f"values in the text (any value at all: {100 / len(VALUES):.1f})")
 
@@ -659,8 +599,7 @@ class Evaluation:
     arms: list = option(None, "only these arms (default: all that the checkpoint has)")
     metric: str = option("recall", "exact: order and number count; BABILong: its official rule, "
                          "recall the harness's", choices=("recall", "exact"))
-    out: str = option(None, "all rows (default: niah, benchmark, passes or closed_book.jsonl in "
-                      "CHECKPOINT)")
+    out: str = option(None, "all rows (default: CHECKPOINT/niah.jsonl, or what is measured .jsonl)")
     chat: bool = option(None, "prompts go through the chat template (default: as trained)")
     device: str = option(None, "default: cuda, mps or cpu, whichever is there")
     vocabulary: bool = option(False, "print the words of the tiny model's texts, and stop")
@@ -691,11 +630,10 @@ def main():
         raise OSError(f"--out {out} cannot be written: it must be a file, in a folder that exists")
     # 2. The arms
     join_ranks(how)
-    backbone, tokenizer, arms = load_arms(how.checkpoint, how.device, None, how.chat)
+    *model, arms = load_arms(how.checkpoint, how.device, None, how.chat)
     arms = CLOSED_ARMS if how.closed_book else arms
     arms = chosen_arms(arms, how.arms or arms)
     # 3. The rows, and a table of them
-    model = (backbone, tokenizer)
     texts = dict(n=how.n or 100, seed=how.seed, out=out, gen_length=how.gen_length)
     more = dict(steps=how.steps, threshold=how.threshold, passes=how.passes,
                 inner=inner_loop_settings(how.checkpoint), checkpoint=how.checkpoint)
@@ -712,8 +650,8 @@ def main():
     if how.closed_book:
         print(closed_table(rows))
     else:
-        print(table(rows, how.metric, "steps" if by_steps else "length"))
-        print(finer_table(rows, by_steps))
+        print(table(rows, how.metric, "steps" if by_steps else "length"),
+              finer_table(rows, by_steps), sep="\n")
     print(f"\n{len(rows):,} answers, in %, ± half the 95 % interval over texts, all in {out}")
 
 

@@ -1,7 +1,6 @@
 """The denoising loop: from a canvas of masks to text, and what each step throws away.
 
-Papers: LLaDA (arXiv 2502.09992: low-confidence remasking, blocks, guidance), Dream (2508.15487: its
-four orders), Fast-dLLM (2505.22618: confidence threshold).
+Papers: LLaDA (arXiv 2502.09992), Dream (2508.15487: four orders), Fast-dLLM (2505.22618: threshold)
 Idea: predict all masked tokens at once, commit the few one is surest of, repeat. What a step knew
 beyond the committed tokens is lost before the next one; the two memories are two ways to keep it.
 So the loop takes the memory as an argument: `memory(backbone, xt, attend, start) -> predict, state`
@@ -15,21 +14,19 @@ bf16 a row may come out differently alone and padded in a batch, as theirs do), 
   draws random numbers it does, for its neighbours' sake: what comes behind the end is dropped);
 - eos = last keeps end-of-text and end-of-turn for last at every temperature; the official flag, by
   a chained assignment, above 0 only the end of turn;
-- with noise and steps > gen_length the official loop goes on drawing random numbers after a block
-  is full, this one goes on to the next block;
+- with noise and steps > gen_length the official loop draws on after a block is full, this one not;
 - Dream in bf16 is never silently greedy (see dream_token);
 - a [MASK] written in a prompt is text: it is never filled in and uses up no commits.
 Run: python sample.py --checkpoint runs/memdlm --prompt "river = 47 . ? river =" --watch
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -71,14 +68,13 @@ class Decoding:
         validate(self, "")
         gen = self.gen_length or (6 if config.family == "tiny" else 128)
         order = self.remasking or ("entropy" if config.family == "dream" else "low_confidence")
-        full = dataclasses.replace(self, gen_length=gen, steps=self.steps or gen, remasking=order,
-                                   block_length=self.block_length or gen)
-        if gen % full.block_length:
-            raise ValueError(f"gen_length={gen} is not a multiple of "
-                             f"block_length={full.block_length}")
+        size = self.block_length or gen
+        full = replace(self, gen_length=gen, steps=self.steps or gen, block_length=size,
+                       remasking=order)
+        if gen % size:
+            raise ValueError(f"gen_length={gen} is not a multiple of block_length={size}")
         if full.steps % full.blocks:
-            raise ValueError(f"steps={full.steps} cannot be shared out over {full.blocks} blocks: "
-                             f"use a multiple of {full.blocks}")
+            raise ValueError(f"steps={full.steps}: use a multiple of {full.blocks}, the blocks")
         blockwise = full.blocks > 1 or self.threshold is not None or self.eos == "last"
         if order in DREAM_ORDERS and blockwise:
             raise ValueError(f"{order} decodes one block: set block_length = gen_length, "
@@ -115,9 +111,7 @@ def no_memory(backbone, xt, attend, start):
 
 
 def left_pad(prompts, pad_id, device):
-    """A list of 1-D id tensors of any lengths -> ids (B, L), attend (B, L), padding on the left.
-
-    ValueError if a prompt, or the list, is empty."""
+    """A list of 1-D id tensors of any lengths -> ids (B, L), attend (B, L), padding on the left."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     prompts = [torch.as_tensor(prompt) for prompt in prompts]
@@ -130,7 +124,6 @@ def left_pad(prompts, pad_id, device):
 def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=True, on_step=None,
              **settings):
     """Denoise gen_length masks behind each prompt; returns the generated ids (B, gen_length).
-
     prompts: (B, L) tensor, with attend (B, L) bool if it is padded on the left; or a list of 1-D
     tensors of any lengths. settings: see Decoding; ValueError where they are out of range.
     memory: see the header. stop_early: a row ends with its end-of-text. on_step(xt, new, state):
@@ -209,7 +202,6 @@ def float64(x):
 
 def choose_llada(logits, at, counts, how, last):
     """LLaDA's remasking: positions to commit (B, L) bool, and a token for each (B, L).
-
     logits (N, V) at the positions `at` (B, L); counts (B,): how many to commit in each row, unless
     there is a threshold. last: ids that are committed only when nothing else is left."""
     scores = logits
@@ -231,38 +223,31 @@ def choose_llada(logits, at, counts, how, last):
             ranked = float64(ranked)
         p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0]
         confidence = on_canvas(p, at, -torch.inf)                           # (B, L)
-    new = torch.zeros_like(confidence, dtype=torch.bool)
-    # row by row, the official code's own call: it decides which of equals go first
-    for row in range(len(new)):
-        if how.threshold is None:
-            new[row, torch.topk(confidence[row], int(counts[row])).indices] = True
-        else:
-            new[row] = confidence[row] >= how.threshold
-            new[row, confidence[row].argmax()] = True
+    if how.threshold is not None:
+        new = (confidence >= how.threshold).scatter(1, confidence.argmax(1, keepdim=True), True)
+    else:
+        new = torch.zeros_like(confidence, dtype=torch.bool)
+        # row by row, the official code's own call: it decides which of equals go first
+        for row, count in enumerate(counts.tolist()):
+            new[row, torch.topk(confidence[row], count).indices] = True
     return new.to(at.device) & at, on_canvas(token.to(at.device), at, 0)
 
 
 def choose_dream(logits, at, step, how, eps=1e-3):
     """Dream's diffusion_generate: t runs from 1 to eps, a share 1 - s/t of the masks is committed.
-
     logits (N, V) at the positions `at` (B, L). Returns positions (B, L) bool and tokens (B, L)."""
     # in fp32, because the counts are truncated from it
     schedule = torch.linspace(1, eps, how.steps + 1)
     share = 1.0 if step == how.steps - 1 else (1 - schedule[step + 1] / schedule[step]).item()
     if how.remasking == "origin":
         # as in training, each mask on its own
-        chosen = torch.rand(len(logits), device=at.device) < share          # (N,)
-        new = on_canvas(chosen, at, False)
-        tokens = torch.zeros_like(at, dtype=torch.long)
-        if chosen.any():
-            tokens[new] = dream_token(logits[chosen], how)[0]
-        return new, tokens
+        new = on_canvas(torch.rand(len(logits), device=at.device) < share, at, False)
+        return new, on_canvas(dream_token(logits[new[at]], how)[0], new, 0)
     token, probs = dream_token(logits, how)                                 # (N,), (N, V)
     if how.remasking == "maskgit_plus":
         p = probs.gather(1, token[:, None])[:, 0]
     elif how.remasking == "topk_margin":
-        first, second = probs.topk(2).values.unbind(-1)
-        p = first - second
+        p = -probs.topk(2).values.diff()[:, 0]                              # first - second
     else:
         p = (probs * torch.log(probs + 1e-10)).sum(-1)                      # negative entropy
     confidence = on_canvas(p, at, -torch.inf)
@@ -282,7 +267,6 @@ def choose_dream(logits, at, step, how, eps=1e-3):
 
 def dream_token(logits, how):
     """A token per row (N,) and the distribution it came from (N, V), in the logits' own dtype.
-
     top_p and top_k reshape the confidence even at temperature 0. Differs in bf16: the draw is from
     an fp32 softmax. Probabilities in bf16 need not sum to 1; torch's Categorical refuses them, and
     the official loop swallows that error and takes the likeliest token everywhere."""
@@ -326,16 +310,11 @@ def cut(ids, config):
 # --------------------------------------------------------------------------------------------------
 # Command line. Everything above takes any memory; from here on it is one of the two.
 
-WRITERS = ("on", "both")                    # the arms that write the prompt into fast weights
-
-
 def load_arms(checkpoint, device=None, dtype=None, chat=None):
-    """A checkpoint -> backbone, tokenizer, {arm: memory}: the ways in which it can be run.
-
-    Any backbone: "off" (plain) and "on" (fast weights adapted to the prompt). A MetaState
-    checkpoint: "frozen" (its backbone alone), "metastate", "wiped" (its slots put back at every
-    step) and "both" (fast weights under it); a control: "frozen" and its own name. First comes the
-    plain model, then the memory."""
+    """A checkpoint -> backbone, tokenizer, {arm: memory}: the plain model, then the memory.
+    Any backbone: "off" and "on" (fast weights adapted to the prompt). A MetaState checkpoint:
+    "frozen", "metastate", "wiped" (its slots put back at every step) and "both" (fast weights under
+    it); a control: "frozen" and its own name."""
     path = Path(checkpoint)
     if not (path / "metastate.json").exists():
         backbone = load_backbone(checkpoint, device, dtype, chat)
@@ -358,9 +337,7 @@ def chosen_arms(arms, names):
 
 
 def inner_loop_settings(folder):
-    """What train.py wrote beside a checkpoint; the paper's settings for any other.
-
-    ValueError names the file and the entry that is wrong."""
+    """What train.py wrote beside a checkpoint; the paper's settings for any other."""
     path = Path(folder) / "memory.json"
     raw = read_json(path) if path.exists() else {}
     if raw.get("inner_on") == "closed_book":
@@ -373,7 +350,6 @@ def inner_loop_settings(folder):
 
 def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
     """Texts -> the phi in which they are written (on top of phi, if given), ids, attend (B, L).
-
     cover: a list of texts whose tokens are no targets, one for each row."""
     ids, attend = left_pad([encode(tokenizer, text, backbone.cfg) for text in texts],
                            backbone.cfg.pad_id, backbone.device)
@@ -386,14 +362,13 @@ def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
 
 
 def close_book(backbone, tokenizer, texts, folder):
-    """Prompts -> their questions, {arm: memory}, the hidden texts (ids, attend). ValueError if a
-    prompt is only a question."""
+    """Prompts -> their questions, {arm: memory}, the hidden texts (ids, attend)."""
     questions, contexts = [], []
     for text in map(str.strip, texts):
         at = text.rfind("\n") + 1 or text.rfind("?")
         if at < 1:
             raise ValueError(f"--closed_book: {text!r:.60} has no question behind a text: end it "
-                             f"with a line of its own, or with \"? ...\"")
+                             "with a line of its own, or with \"? ...\"")
         contexts.append(text[:at].strip())
         questions.append(text[at:])
     phi, *hidden = write_texts(backbone, tokenizer, contexts, inner_loop_settings(folder))
@@ -454,49 +429,49 @@ def append_rows(jobs, work, out):
     return rows
 
 
-def estimate(model_cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
+def estimate(cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
              weight_bytes=2, checkpointing=True):
-    """Bytes on the device while training, or (method "adapt") while a prompt is written into fast
-    weights, by kind. Weights of `weight_bytes`, all that is trained in fp32 with gradient and two
-    Adam moments. scored: share of the positions at which logits are computed. An estimate by
-    counting tensors, good to about 20 %; fragmentation and the framework's own memory (about 1 GB)
-    come on top."""
+    """Bytes on the device, by kind, while training, or (method "adapt") while a prompt is written
+    into fast weights. Weights of `weight_bytes`; what is trained in fp32. scored: share of the
+    positions with logits. Good to about 20 %; fragmentation and the framework's own memory (about
+    1 GB) come on top."""
+    adapt, frozen = method == "adapt", lora or method in ("metastate", "adapt")
+    inner = inner or memdlm.MemDLMConfig()
     passes, first = 1, 0                                    # layers below `first` keep nothing
     phi = {}
-    inner = inner or memdlm.MemDLMConfig()
     with torch.device("meta"):
-        module = Backbone(model_cfg)
-        weights = sum(p.numel() for p in module.parameters())
+        module = Backbone(cfg)
+        weights = sum(p.numel() for p in module.parameters()) if frozen else 0
         if method in ("memdlm", "adapt"):
             phi = memdlm.init_phi(module, [0], inner)
-            fast = model_cfg.n_layers - memdlm.first_fast_layer(module, inner)
-        if method == "metastate":
-            module = metastate.build(model_cfg, meta_cfg)
+        if adapt:
+            first = memdlm.first_fast_layer(module, inner)
+        elif method == "metastate":
+            module = metastate.build(cfg, meta_cfg)
             passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
         elif lora:
             module.add_lora(lora, 2 * lora)
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    tokens = batch * length
-    layers = model_cfg.n_layers - first
-    experts = max(1, model_cfg.experts_per_token)
-    ffn = model_cfg.d_ff * experts
-    # kept for the backward pass of one layer, and what is kept where it is computed again
-    layer = tokens * weight_bytes * (10 * model_cfg.d_model + 4 * ffn
-                                     + 3 * model_cfg.n_heads * model_cfg.head_dim)
-    inputs = tokens * weight_bytes * model_cfg.d_model * layers
-    if method == "adapt":
-        trained, layers, checkpointing = 0, fast, False
+        trained = 0 if adapt else sum(p.numel() for p in module.parameters() if p.requires_grad)
+    tokens, layers = batch * length, cfg.n_layers - first
+    experts = max(1, cfg.experts_per_token)
+    ffn = cfg.d_ff * experts
+    # what one layer keeps for the backward pass
+    layer = tokens * weight_bytes * (10 * cfg.d_model + 4 * ffn + 3 * cfg.n_heads * cfg.head_dim)
+    if adapt:
         closed = isinstance(inner, memdlm.ClosedBook)
         scored = 1 / inner.masks if closed else min(1, inner.s_pre * inner.prompt_ratio)
         # phi is computed in fp32, from a copy of its inputs
-        layer += tokens * 4 * (2 * model_cfg.d_model * experts + ffn)
-    return {"weights": weights * weight_bytes if lora or method in ("metastate", "adapt") else 0,
-            "trained, gradient, Adam": 16 * trained,
+        layer += tokens * 4 * (2 * cfg.d_model * experts + ffn)
+    kept = layers * layer
+    if checkpointing and not adapt:
+        # the layers' inputs; one layer at a time is computed again
+        kept = layers * tokens * weight_bytes * cfg.d_model + layer
+    return {"weights": weights * weight_bytes, "trained, gradient, Adam": 16 * trained,
             # phi, its gradient, the new phi, a temporary
             "fast weights": 16 * batch * sum(w.A.numel() + w.B.numel() for w in phi.values()),
-            "activations": passes * (inputs + layer if checkpointing else layers * layer),
+            "activations": passes * kept,
             # as computed, in fp32, and their gradient
-            "logits": int(tokens * scored) * model_cfg.vocab_size * (weight_bytes + 8) * passes}
+            "logits": int(tokens * scored) * cfg.vocab_size * (weight_bytes + 8) * passes}
 
 
 def show_estimate(sizes):
@@ -527,17 +502,13 @@ class Frame(NamedTuple):
 
 class Viewer:
     """Looks over a memory's shoulder: counts forward passes and keeps a frame of every step."""
-
     def __init__(self, name, memory, backbone, tokenizer, watch=False, record=False):
-        self.name = name
-        self.watched = memory
-        self.backbone = backbone
-        self.tokenizer = tokenizer
+        self.name, self.watched = name, memory
+        self.backbone, self.tokenizer = backbone, tokenizer
         self.watch = watch
         self.record = watch or record           # costs a softmax over the vocabulary a step
-        self.passes = 0
-        self.slots = 0
-        self.asked = []
+        self.passes = self.tokens = self.slots = 0
+        self.asked = None
 
     def memory(self, backbone, xt, attend, start):
         """The `memory` argument of generate."""
@@ -552,15 +523,14 @@ class Viewer:
             self.passes += 1
             logits, state = predict(xt, t, state, at)
             if self.record:
-                self.asked.append((logits, at))
+                # a second pass of a step is guidance's, without the prompt
+                self.asked = self.asked or (logits, at)
             return logits, state
         return counting, state
 
     def step(self, xt, new, state):
         """The `on_step` argument of generate."""
-        # a second pass of the step was guidance's, without the prompt
-        logits, at = self.asked[0]
-        self.asked.clear()
+        (logits, at), self.asked = self.asked, None
         masked = xt == self.backbone.cfg.mask_id
         probs = logits.float().softmax(-1)                                  # (N, V)
         tokens = torch.where(masked & at, on_canvas(probs.argmax(-1), at, 0), xt)
@@ -592,46 +562,48 @@ class Viewer:
                  for i in ids.tolist()]
         return [" ".join(printable(text).split()) or "␣" for text in texts]
 
-    def decode(self, prompts, how):
-        """Decode the prompts, print answers and cost; returns the answers."""
+    def answers(self, prompts, how, seed):
+        """What the model says behind the prompts; every arm sees the same random numbers."""
+        torch.manual_seed(seed)
+        ids = generate(self.backbone, prompts, memory=self.memory,
+                       on_step=self.step if self.record else None, **asdict(how))
+        rows = [cut(row, self.backbone.cfg) for row in ids]
+        self.tokens += sum(map(len, rows))
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def decode(self, prompts, how, seed=0):
+        """Print the answers and their cost; returns the answers."""
         if self.watch:
             print(f"{self.name}:")
         began = time.time()
-        on_step = self.step if self.record else None
-        ids = generate(self.backbone, prompts, memory=self.memory, on_step=on_step,
-                       **dataclasses.asdict(how))
-        seconds = time.time() - began
-        rows = [cut(row, self.backbone.cfg) for row in ids]
-        answers = [printable(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-        for answer in answers:
-            print(f"{self.name:>10}: {answer}")
-        tokens = sum(len(row) for row in rows)
-        print(f"            {cost(self.passes, tokens, seconds)}")
+        answers = [printable(answer) for answer in self.answers(prompts, how, seed)]
+        print(*(f"{self.name:>10}: {answer}" for answer in answers), sep="\n")
+        print(f"            {cost([self], began)}")
         return answers
 
 
-def cost(passes, tokens, seconds):
-    return (f"{passes:,} forward passes, {tokens:,} tokens, {tokens / seconds:.1f} tokens/s, "
-            f"{peak_memory() / 1e9:.2f} GB peak memory")
+def cost(viewers, began):
+    passes, tokens = sum(v.passes for v in viewers), sum(v.tokens for v in viewers)
+    return (f"{passes:,} forward passes, {tokens:,} tokens, {tokens / (time.time() - began):.1f} "
+            f"tokens/s, {peak_memory() / 1e9:.2f} GB peak memory")
 
 
-def decode_file(args, how, backbone, tokenizer, arms):
-    """--data: its lines, with one arm after the other -> lines of --out in this order. What --out
-    holds is kept, but for half a line at its end, and not decoded again.
-    ValueError names file and line of what is wrong."""
-    settings = dict(dataclasses.asdict(how), checkpoint=args.checkpoint, seed=args.seed)
-
+def decode_file(args, how, backbone, tokenizer, viewers):
+    """--data: its lines, with one arm after the other, go to --out in this order. What --out holds
+    is kept, but for half a line at its end, and not decoded again."""
     def read(raw, size):
         prompt = isinstance(raw, dict) and (raw.get("messages") or raw.get("prompt"))
         if not isinstance(prompt, str) and not are_messages(prompt) \
                 or {"arm", "answer", "settings"} & set(raw):
-            raise ValueError("expected {\"prompt\": text} or {\"messages\": [{\"role\", "
-                             "\"content\"}, ...]}, and no \"arm\", \"answer\", \"settings\"")
+            raise ValueError('expected {"prompt": text} or {"messages": [{"role", "content"}, '
+                             '...]}, and no "arm", "answer", "settings"')
         ids = encode_prompt(tokenizer, backbone.cfg, prompt)
         how.filled(backbone.cfg, len(ids))
         return raw, torch.tensor(ids)
     raws, prompts = zip(*read_lines(args.data, read))
-    rows = [dict(raw, settings=settings, arm=arm) for arm in arms for raw in raws]
+    n, began = len(raws), time.time()
+    settings = dict(asdict(how), checkpoint=args.checkpoint, seed=args.seed)
+    rows = [dict(raw, settings=settings, arm=viewer.name) for viewer in viewers for raw in raws]
     # 1. What is there already: each line is a row, and behind it the answer
     old = Path(args.out).read_bytes() if Path(args.out).exists() else b""
     whole = old[:old.rfind(b"\n") + 1]
@@ -643,62 +615,45 @@ def decode_file(args, how, backbone, tokenizer, arms):
         with open(args.out, "ab") as f:     # a path that cannot be written is refused here
             f.truncate(len(whole))
     # 2. The rest, in the batches of a run that was not stopped
-    n, began, viewers, tokens = len(raws), time.time(), [], 0
     jobs = [range(first + i, first + min(i + args.batch_size, n))
             for first in range(0, len(rows), n) for i in range(0, n, args.batch_size)]
-    jobs = [job for job in jobs if job.stop > len(kept)]
 
     def work(job):
-        nonlocal tokens
-        torch.manual_seed(args.seed + job.start % n)    # the same random numbers for every arm
-        arm = rows[job.start]["arm"]
-        viewers.append(Viewer(arm, arms[arm], backbone, tokenizer))
-        ids = generate(backbone, [prompts[i % n] for i in job], memory=viewers[-1].memory,
-                       **dataclasses.asdict(how))
-        ids = [cut(row, backbone.cfg) for row in ids]
-        tokens += sum(map(len, ids))
-        return [dict(rows[i], answer=tokenizer.decode(row, skip_special_tokens=True))
-                for i, row in zip(job, ids) if i >= len(kept)]
-    append_rows(jobs, work, args.out)
-    print(cost(sum(v.passes for v in viewers), tokens, time.time() - began))
+        arm, first = divmod(job.start, n)
+        answers = viewers[arm].answers([prompts[i % n] for i in job], how, args.seed + first)
+        return [dict(rows[i], answer=text) for i, text in zip(job, answers) if i >= len(kept)]
+    append_rows([job for job in jobs if job.stop > len(kept)], work, args.out)
+    print(cost(viewers, began))
 
 
-def arguments():
-    parser = argparse.ArgumentParser(
-        description="Decode prompts with a masked-diffusion LM, with and without its memory.")
-    add = parser.add_argument
-    add("--checkpoint", help="a folder written by train.py, a hub name "
-        "(GSAI-ML/LLaDA-8B-Instruct), or an adapter folder")
-    add("--prompt", nargs="+", help="one or more prompts, decoded as one batch")
-    add("--data", metavar="FILE", help="instead of --prompt: a JSONL file of {\"prompt\": text} or "
-        "{\"messages\": [...]} lines, for --out; under torchrun each process takes a share")
-    add("--out", metavar="FILE", help="--data's lines with \"arm\" and \"answer\"; started again, "
-        "the command goes on after the last of them")
-    add("--batch_size", type=int, default=8, help="--data: lines decoded at once (default: 8)")
-    add("--arm", nargs="+", help="off | on; frozen | metastate | wiped | both (default: the plain "
-        "model, then the memory)")
-    add_flags(parser, Decoding)
-    add("--chat", action=argparse.BooleanOptionalAction,
-        help="prompts go through the chat template (default: as trained)")
-    add("--closed_book", action="store_true",
-        help="write each prompt up to its question (the last line, or the last \"?\" and what "
-        "follows) into fast weights, hide it, and ask the question")
-    add("--watch", action="store_true",
-        help="show the canvas after every step, and what the slots read")
-    add("--html", metavar="FILE", help="write a page that shows every step and what the memory "
-        "read in the prompt")
-    add("--explain", action="store_true",
-        help="print the ids of each --prompt, the schedule and the forward passes, and stop")
-    add("--seed", type=int, default=0, help="for temperature > 0 and random orders (default: 0)")
-    add("--device", help="default: cuda, mps or cpu, whichever is there")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's own")
-    return parser
+@dataclass
+class Command:
+    """What is decoded and what is shown: the flags beside Decoding's."""
+    checkpoint: str = option(None, "a folder written by train.py, a hub name, or an adapter folder")
+    prompt: list = option(None, "one or more prompts, decoded as one batch")
+    data: str = option(None, 'instead of --prompt: a JSONL file of {"prompt": text} or {"messages":'
+                       ' [...]} lines, for --out; under torchrun each process takes a share')
+    out: str = option(None, "--data's lines with arm and answer; started again, it goes on there")
+    batch_size: int = option(8, "--data: lines decoded at once", 1)
+    arm: list = option(None, "off, on; or frozen, metastate, wiped, both (default: the first two)")
+    chat: bool = option(None, "prompts go through the chat template (default: as trained)")
+    closed_book: bool = option(False, "write each prompt but its question (the last line, or from "
+                               "the last ? on) into fast weights, hide it, and ask the question")
+    watch: bool = option(False, "show the canvas after every step, and what the slots read")
+    html: str = option(None, "write a page that shows every step and what the memory read")
+    explain: bool = option(False, "print ids of each --prompt, schedule, forward passes, and stop")
+    seed: int = option(0, "for temperature > 0 and random orders")
+    device: str = option(None, "default: cuda, mps or cpu, whichever is there")
+    dtype: str = option(None, "default: the checkpoint's own", choices=["float32", "bfloat16"])
 
 
 def main():
-    parser = arguments()
-    args = parser.parse_args()
-    how = Decoding(**given_flags(Decoding, args))
+    parser = argparse.ArgumentParser(
+        description="Decode prompts with a masked-diffusion LM, with and without its memory.")
+    add_flags(parser, Command)
+    add_flags(parser, Decoding)
+    flags = parser.parse_args()
+    args, how = (kind(**given_flags(kind, flags)) for kind in (Command, Decoding))
     if args.explain and not args.checkpoint:
         any_model = BackboneConfig(family="llada", max_len=sys.maxsize)
         return print(how.filled(any_model).explain())
@@ -706,20 +661,19 @@ def main():
         parser.error("--checkpoint and --prompt, or --data and --out, are needed")
     if args.data and (args.prompt or args.closed_book or args.watch or args.html):
         parser.error("--data goes without --prompt, --closed_book, --watch and --html")
-    if args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
     if args.data:
         join_ranks(args)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
+    dtype = args.dtype and getattr(torch, args.dtype)
     backbone, tokenizer, arms = load_arms(args.checkpoint, args.device, dtype, args.chat)
-    hidden = None
-    if args.closed_book and args.prompt:
-        args.prompt, arms, hidden = close_book(backbone, tokenizer, args.prompt, args.checkpoint)
+    texts, hidden = args.prompt or (), None
+    if args.closed_book and texts:
+        texts, arms, hidden = close_book(backbone, tokenizer, texts, args.checkpoint)
     how = how.filled(backbone.cfg)
-    arms = chosen_arms(arms, args.arm or list(arms)[:2])
+    viewers = [Viewer(name, memory, backbone, tokenizer, args.watch, bool(args.html))
+               for name, memory in chosen_arms(arms, args.arm or list(arms)[:2]).items()]
     if args.data and not args.explain:
-        return decode_file(args, how, backbone, tokenizer, arms)
-    prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, p)) for p in args.prompt or ()]
+        return decode_file(args, how, backbone, tokenizer, viewers)
+    prompts = [torch.tensor(encode_prompt(tokenizer, backbone.cfg, text)) for text in texts]
     if args.explain:
         for ids in prompts:
             print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids.tolist()))}")
@@ -727,13 +681,7 @@ def main():
     if args.html:
         # a path that cannot be written is refused before the work
         Path(args.html).touch()
-    viewers = [Viewer(name, memory, backbone, tokenizer, args.watch, bool(args.html))
-               for name, memory in arms.items()]
-    answers = []
-    for viewer in viewers:
-        # the arms see the same random numbers
-        torch.manual_seed(args.seed)
-        answers.append(viewer.decode(prompts, how))
+    answers = [viewer.decode(prompts, how, args.seed) for viewer in viewers]
     if len(answers) == 2:
         changed = sum(plain != remembered for plain, remembered in zip(*answers))
         print(f"the memory changed {changed} of {len(prompts)} answers")
@@ -750,8 +698,7 @@ def gained(backbone, phi, ids, attend):
     nats. The text stands alone, without question and answer, as when it was written."""
     gains = []
     for i in range(ids.shape[1]):
-        at = torch.zeros_like(attend)
-        at[:, i] = True
+        at = (torch.arange(ids.shape[1], device=ids.device) == i).expand_as(ids)
         xt = ids.masked_fill(at, backbone.cfg.mask_id)
         off, on = (backbone(xt, attend, at, p).float().log_softmax(-1) for p in (None, phi))
         gains.append((on - off).gather(1, ids[:, i:i + 1]))                 # (B, 1)
@@ -762,41 +709,37 @@ def page(title, viewers, hidden=None):
     """A self-contained page of what the viewers recorded. hidden: ids and attend (B, L) of the
     texts from which phi was written, if the prompts do not hold them (close_book)."""
     words, prompt = viewers[0].words, (viewers[0].prompt, viewers[0].attend)
-    # heading, what its colours mean, (ids, attend), a value for each token at step 0, 1, ...
+    text = hidden or prompt
+    # heading, what its colours mean, ids, attend, a value for each token at step 0, 1, ...
     panels = []
     for v in viewers:
         if v.frames[-1].read is not None:
             panels.append((f"{v.name}: what the Mixer reads", "share of its attention, mean over "
-                           "heads and slots", prompt, [frame.read for frame in v.frames]))
+                           "heads and slots", *prompt, [frame.read for frame in v.frames]))
         if v.phi is not None:
-            text = hidden or prompt
             panels.append((f"{v.name}: what phi knows", "log-probability of each token, masked "
-                           "alone: with phi minus without, in nats", text,
+                           "alone: with phi minus without, in nats", *text,
                            [gained(v.backbone, v.phi, *text)]))
     if hidden or not panels:
-        panels.append(("what every arm sees", "", prompt, [None]))
-    rows = [dict(panels=[], arms=[]) for _ in prompt[0]]
-    for b, row in enumerate(rows):
-        for name, about, (ids, attend), steps in panels:
-            own = attend[b]
-            values = [None if value is None else value[b, own].tolist() for value in steps]
-            row["panels"].append(dict(name=name, about=about, words=words(ids[b, own]),
-                                      values=values))
-        for v in viewers:
-            frames = [dict(words=words(frame.tokens[b]), kind=frame.kind[b].tolist(),
-                           sure=[None if p < 0 else p for p in frame.sure[b].tolist()])
-                      for frame in v.frames]
-            row["arms"].append(dict(name=v.name, frames=frames))
+        panels.append(("what every arm sees", "", *prompt, [None]))
+
+    rows = []
+    for b in range(len(prompt[0])):
+        shown = [dict(name=name, about=about, words=words(ids[b, attend[b]]),
+                      values=[None if x is None else x[b, attend[b]].tolist() for x in steps])
+                 for name, about, ids, attend, steps in panels]
+        arms = [dict(name=v.name, frames=[
+            dict(words=words(frame.tokens[b]), kind=frame.kind[b].tolist(),
+                 sure=[None if p < 0 else p for p in frame.sure[b].tolist()])
+            for frame in v.frames]) for v in viewers]
+        rows.append(dict(panels=shown, arms=arms))
     # without any "<", because a tokenizer may hold "</script>"
     return PAGE.replace("DATA", json.dumps(dict(title=title, rows=rows)).replace("<", "\\u003c"))
 
 
 PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Denoising, step by step</title>
-<style>
-/* viridis: the colour-blind can read it too */
+<html lang="en"><meta charset="utf-8"><title>Denoising, step by step</title>
+<style> /* --scale is viridis: the colour-blind can read it too */
 :root { --scale: linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725);
         color-scheme: light dark; font: clamp(18px, 1.5vw, 34px)/1.5 system-ui, sans-serif }
 body { margin: 0 2rem 2rem }
@@ -825,13 +768,12 @@ framed or &#9679;: committed now &emsp; keys &larr; &rarr;</small>
 <main></main>
 <script type="application/json">DATA</script>
 <script>
-const $ = selector => document.querySelector(selector)
-const {title, rows} = JSON.parse($("[type='application/json']").textContent)
-const slider = $("input"), main = $("main")
-function add(parent, tag, name = "", text = "", value = null, top = 1) {
-  const element = parent.appendChild(document.createElement(tag))
-  element.className = name
-  element.textContent = text
+const [slider, main, data, heading, place] = ["input", "main", "script", "h1", "b"].map(
+  tag => document.querySelector(tag))
+const {title, rows} = JSON.parse(data.textContent)
+function add(parent, tag, className = "", textContent = "", value = null, top = 1) {
+  const element = Object.assign(document.createElement(tag), {className, textContent})
+  parent.append(element)
   if (value !== null) {
     const v = Math.min(1, Math.max(0, value / top))
     // a thin slice of the scale, stretched
@@ -845,11 +787,8 @@ function addPanel({name, about, words, values}, step) {
   const all = values.flat(), top = all.reduce((a, b) => Math.max(a, b), 1e-9)
   add(main, "h2", "", name)
   const legend = add(main, "small", "", about)
-  if (about) {
-    legend.append(all.some(v => v < 0) ? ": \u2264 0" : ": 0")
-    add(legend, "i", "bar")
-    legend.append(top.toPrecision(2))
-  }
+  const least = all.some(v => v < 0) ? ": \u2264 0" : ": 0"
+  if (about) legend.append(least, add(legend, "i", "bar"), top.toPrecision(2))
   const text = add(main, "div"), now = values[Math.min(step, values.length - 1)]
   words.forEach((word, i) => add(text, "span", "token", word, now && now[i], top))
 }
@@ -870,7 +809,7 @@ function addArm(parent, {name, frames}, step) {
 }
 function show() {
   const step = Number(slider.value)
-  $("b").textContent = `step ${step} of ${slider.max}`
+  place.textContent = `step ${step} of ${slider.max}`
   main.replaceChildren()
   for (const {panels, arms} of rows) {
     panels.forEach(panel => addPanel(panel, step))
@@ -878,7 +817,7 @@ function show() {
     arms.forEach(arm => addArm(add(row, "div"), arm, step))
   }
 }
-$("h1").textContent = title
+heading.textContent = title
 slider.max = Math.max(...rows[0].arms.map(arm => arm.frames.length - 1))
 slider.oninput = show
 onkeydown = event => {
@@ -891,7 +830,6 @@ onkeydown = event => {
 }
 show()
 </script>
-</html>
 """
 
 
