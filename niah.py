@@ -115,9 +115,8 @@ def pick(rng, words, used, split, after=None):
 
 
 def hide(rng, facts, query, length, count, asked):
-    """Facts in their order between as many filler sentences as fit into `length` tokens, which
-    count(text) counts, as in RULER with the model's own tokenizer. Returns the text and the depth,
-    0..1, of the asked fact."""
+    """Facts in their order between as many filler sentences as fit into `length` tokens, counted by
+    count(text). Returns the text and the depth, 0..1, of the asked fact."""
     # a noun keeps its adjective in a text: a structure to learn, unlike RULER's five sentences
     adjective = {noun: rng.choice(FILLER_ADJECTIVES) for noun in FILLER_NOUNS}
     room = max(0, length - count(" ".join(facts + [query])))
@@ -198,9 +197,8 @@ def common(rng, length, split, count):
 
 
 def stories(rng, length, split, count):
-    """BABILong qa2, two supporting facts: people take objects and move; where is the object? Left
-    out: putting it down. The answer names the holder, then the place, which alone is scored (alone
-    it was not learned in minutes). Chance: one of the text's places."""
+    """BABILong qa2: people take objects and move; where is the object? Left out: putting it down.
+    The answer names holder and place (alone it was not learned in minutes); the place counts."""
     place, holder, facts = {}, {}, []
     while len(facts) < 8:
         who, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
@@ -277,7 +275,7 @@ def answer_budget(tokenizer):
 
 
 def token_counter(tokenizer, config):
-    """How long is a text, in tokens of this model. For the tiny one counting spaces is faster."""
+    """A text's length in tokens of this model, as in RULER; for the tiny one spaces are faster."""
     return count_words if config.family == "tiny" else lambda text: len(encode(tokenizer, text))
 
 
@@ -358,9 +356,8 @@ class Line(Sample):
 
 
 def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
-    """The first n lines of a file in RULER's or BABILong's layout -> a cell of `decode`, without
-    what is longer than the model's limit. Its task is its name or its folder's, its length the
-    longest, in steps of 1,024. ValueError names file and line of what is wrong."""
+    """The first n lines of a RULER or BABILong file, without what the model's limit excludes -> a
+    cell of `decode`. Task: its name or its folder's; length: the longest, in steps of 1,024."""
     task, limit = re.sub(r"[_-]?\d+k$", "", Path(path).stem), backbone.cfg.max_len
     if task in ("", "validation"):                      # RULER: niah_single_1/validation.jsonl
         task = Path(path).absolute().parent.name
@@ -561,10 +558,9 @@ def table(rows, metric="recall", by="length", down=("task", "arm"), short=False)
                      + f"{chance:>12}" * with_chance for first, second, cells, chance in lines)
 
 
-def finer_table(rows, by_steps):
+def finer_table(rows, by):
     """For each arm single and multikey by depth and length, or resolve by hops and steps."""
-    tasks, down, by = ((["resolve"], "hops", "steps") if by_steps
-                       else (["single", "multikey"], "depth", "length"))
+    tasks, down = (["resolve"], "hops") if by == "steps" else (["single", "multikey"], "depth")
     fifths = [f"{low}-{low + 20} %" for low in range(0, 100, 20)]
     some = [dict(r, depth=fifths[min(4, int(5 * r["depth"]))]) for r in rows if r["task"] in tasks]
     some.sort(key=lambda r: (r["arm"], r[down]))
@@ -589,8 +585,7 @@ class Evaluation:
     data: list = option(None, "instead of --tasks and --lengths: files of RULER or BABILong")
     n: int = option(None, "samples per cell (default: 100; --data: the whole file)", 1)
     seed: int = option(1, "seed of the evaluation texts")
-    gen_length: int = option(None, "answer tokens (default: the longest answer's; --data: NIAH "
-                             "128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16, as officially)", 1)
+    gen_length: int = option(None, "answer tokens (default: the longest's; --data: official)", 1)
     steps: tuple = option(None, "denoising steps (default: one per answer token)", 1)
     threshold: float = option(None, "commit every token at least this sure, and ignore steps", 0)
     passes: int = option(None, "instead: recall after 1..PASSES passes over masked answers", 1)
@@ -616,8 +611,8 @@ def main():
         raise ValueError("--checkpoint is needed")
     if 0 in how.lengths and not how.closed_book:
         raise ValueError("--lengths must be at least 1, not 0 (--closed_book: 0 = the facts alone)")
-    by_steps = bool(how.passes) or len(how.steps or ()) > 1
-    if by_steps and len(how.lengths) > 1 and not how.data:
+    by = "steps" if how.passes or len(how.steps or ()) > 1 else "length"
+    if by == "steps" and len(how.lengths) > 1 and not how.data:
         raise ValueError("--passes and several --steps need one length, for example --lengths 64")
     for path in how.data or ():
         if not Path(path).is_file():
@@ -650,8 +645,7 @@ def main():
     if how.closed_book:
         print(closed_table(rows))
     else:
-        print(table(rows, how.metric, "steps" if by_steps else "length"),
-              finer_table(rows, by_steps), sep="\n")
+        print(table(rows, how.metric, by), finer_table(rows, by), sep="\n")
     print(f"\n{len(rows):,} answers, in %, ± half the 95 % interval over texts, all in {out}")
 
 

@@ -66,25 +66,24 @@ class Decoding:
     def filled(self, config, prompt_length=0):
         """A copy without open settings, for this backbone. ValueError says what to change."""
         validate(self, "")
-        gen = self.gen_length or (6 if config.family == "tiny" else 128)
+        n = self.gen_length or (6 if config.family == "tiny" else 128)
         order = self.remasking or ("entropy" if config.family == "dream" else "low_confidence")
-        size = self.block_length or gen
-        full = replace(self, gen_length=gen, steps=self.steps or gen, block_length=size,
-                       remasking=order)
-        if gen % size:
-            raise ValueError(f"gen_length={gen} is not a multiple of block_length={size}")
-        if full.steps % full.blocks:
-            raise ValueError(f"steps={full.steps}: use a multiple of {full.blocks}, the blocks")
-        blockwise = full.blocks > 1 or self.threshold is not None or self.eos == "last"
+        size = self.block_length or n
+        how = replace(self, gen_length=n, steps=self.steps or n, block_length=size, remasking=order)
+        if n % size:
+            raise ValueError(f"gen_length={n} is not a multiple of block_length={size}")
+        if how.steps % how.blocks:
+            raise ValueError(f"steps={how.steps}: use a multiple of {how.blocks}, the blocks")
+        blockwise = how.blocks > 1 or self.threshold is not None or self.eos == "last"
         if order in DREAM_ORDERS and blockwise:
             raise ValueError(f"{order} decodes one block: set block_length = gen_length, "
                              "no threshold, eos allow or forbid")
         if order not in DREAM_ORDERS and (self.top_p, self.top_k, self.alg_temp) != (None,) * 3:
             raise ValueError(f"top_p, top_k and alg_temp belong to Dream's orders, not to {order}")
-        if prompt_length + gen > config.max_len:
-            raise ValueError(f"prompt of {prompt_length} + gen_length={gen} tokens exceeds the "
+        if prompt_length + n > config.max_len:
+            raise ValueError(f"prompt of {prompt_length} + gen_length={n} tokens exceeds the "
                              f"model's limit of {config.max_len}")
-        return full
+        return how
 
     @property
     def blocks(self):
@@ -124,10 +123,9 @@ def left_pad(prompts, pad_id, device):
 def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=True, on_step=None,
              **settings):
     """Denoise gen_length masks behind each prompt; returns the generated ids (B, gen_length).
-    prompts: (B, L) tensor, with attend (B, L) bool if it is padded on the left; or a list of 1-D
-    tensors of any lengths. settings: see Decoding; ValueError where they are out of range.
-    memory: see the header. stop_early: a row ends with its end-of-text. on_step(xt, new, state):
-    called after every commit; new (B, L) bool marks the tokens just committed."""
+    prompts: (B, L), with attend (B, L) bool if they are padded on the left; or a list of 1-D
+    tensors of any lengths. settings: see Decoding. memory: see the header. stop_early: a row ends
+    with its end-of-text. on_step(xt, new, state): called after every commit of new (B, L) bool."""
     config = backbone.cfg
     if isinstance(prompts, (list, tuple)):
         prompts, attend = left_pad(prompts, config.pad_id, backbone.device)
@@ -146,8 +144,7 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
     # 2. The memory sees the prompt
     predict, state = memory(backbone, xt, attend, start)
     for end in range(start + how.block_length, xt.shape[1] + 1, how.block_length):
-        # 3. How many tokens each step of this block commits. With a threshold there are as many
-        # steps as masks, since each commits at least one
+        # 3. How many tokens each step of this block commits; with a threshold at least one
         reached = (position >= start) & (position < end)
         masks = (xt == config.mask_id) & reached
         in_block = (masks & (position >= end - how.block_length)).sum(1)
@@ -195,20 +192,16 @@ def on_canvas(values, at, fill):
     return canvas.masked_scatter(at.to(values.device), values)
 
 
-def float64(x):
-    """In double precision; on the CPU where the device has none (Apple's MPS)."""
-    return (x.cpu() if x.is_mps else x).double()
-
-
 def choose_llada(logits, at, counts, how, last):
     """LLaDA's remasking: positions to commit (B, L) bool, and a token for each (B, L).
     logits (N, V) at the positions `at` (B, L); counts (B,): how many to commit in each row, unless
     there is a threshold. last: ids that are committed only when nothing else is left."""
     scores = logits
+    device = "cpu" if logits.is_mps else logits.device          # Apple's MPS has no float64
     if how.temperature > 0:
         # Gumbel-max: argmax of exp(logits) / (-ln U)^T. In float64, because float32 noise distorts
         # the draw (arXiv 2409.02908); drawn for the whole canvas, as the official code does
-        scores = float64(logits).exp()
+        scores = logits.to(device).double().exp()
         u = torch.rand(*at.shape, logits.shape[-1], dtype=torch.float64, device=scores.device)
         scores = scores / (-torch.log(u[at.to(u.device)])) ** how.temperature
     token = scores.argmax(-1)                                               # (N,)
@@ -220,7 +213,7 @@ def choose_llada(logits, at, counts, how, last):
         ranked[:, last] = -torch.inf
         if how.threshold is not None:
             # Fast-dLLM's precision: in bf16 0.89837 passes for 0.9. LLaDA ranks in the model's own
-            ranked = float64(ranked)
+            ranked = ranked.to(device).double()
         p = ranked.softmax(-1).gather(1, token.to(ranked.device)[:, None])[:, 0]
         confidence = on_canvas(p, at, -torch.inf)                           # (B, L)
     if how.threshold is not None:
@@ -266,10 +259,9 @@ def choose_dream(logits, at, step, how, eps=1e-3):
 
 
 def dream_token(logits, how):
-    """A token per row (N,) and the distribution it came from (N, V), in the logits' own dtype.
-    top_p and top_k reshape the confidence even at temperature 0. Differs in bf16: the draw is from
-    an fp32 softmax. Probabilities in bf16 need not sum to 1; torch's Categorical refuses them, and
-    the official loop swallows that error and takes the likeliest token everywhere."""
+    """A token per row (N,) and the distribution it came from (N, V), reshaped by top_p and top_k at
+    any temperature. Differs in bf16: the draw is from an fp32 softmax. The official one need not
+    sum to 1; torch then refuses it, and the loop swallows that and takes the likeliest tokens."""
     lowest = torch.finfo(logits.dtype).min
     if how.temperature > 0:
         logits = (logits / how.temperature).clamp(lowest, -lowest)
@@ -312,9 +304,8 @@ def cut(ids, config):
 
 def load_arms(checkpoint, device=None, dtype=None, chat=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the plain model, then the memory.
-    Any backbone: "off" and "on" (fast weights adapted to the prompt). A MetaState checkpoint:
-    "frozen", "metastate", "wiped" (its slots put back at every step) and "both" (fast weights under
-    it); a control: "frozen" and its own name."""
+    Any backbone: off, on (fast weights adapted to the prompt). MetaState: frozen, metastate, wiped
+    (slots put back at every step), both (fast weights under it). A control: frozen, its name."""
     path = Path(checkpoint)
     if not (path / "metastate.json").exists():
         backbone = load_backbone(checkpoint, device, dtype, chat)
@@ -353,11 +344,9 @@ def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
     cover: a list of texts whose tokens are no targets, one for each row."""
     ids, attend = left_pad([encode(tokenizer, text, backbone.cfg) for text in texts],
                            backbone.cfg.pad_id, backbone.device)
-    options = {}
-    if cover:
-        hidden, _ = left_pad([encode(tokenizer, text) for text in cover], backbone.cfg.pad_id,
-                             backbone.device)
-        options = dict(targets=~(ids[:, :, None] == hidden[:, None]).any(-1))
+    targets = [~torch.isin(row, row.new_tensor(encode(tokenizer, text)))
+               for row, text in zip(ids, cover or ())]
+    options = dict(targets=torch.stack(targets)) if cover else {}
     return memdlm.at_inference(inner)(backbone, ids, attend, inner, phi=phi, **options), ids, attend
 
 
@@ -432,21 +421,17 @@ def append_rows(jobs, work, out):
 def estimate(cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=None,
              weight_bytes=2, checkpointing=True):
     """Bytes on the device, by kind, while training, or (method "adapt") while a prompt is written
-    into fast weights. Weights of `weight_bytes`; what is trained in fp32. scored: share of the
-    positions with logits. Good to about 20 %; fragmentation and the framework's own memory (about
-    1 GB) come on top."""
+    into fast weights: good to about 20 %, without fragmentation and the framework's own memory
+    (about 1 GB). scored: share of the positions with logits. What is trained is in fp32."""
     adapt, frozen = method == "adapt", lora or method in ("metastate", "adapt")
     inner = inner or memdlm.MemDLMConfig()
-    passes, first = 1, 0                                    # layers below `first` keep nothing
-    phi = {}
     with torch.device("meta"):
         module = Backbone(cfg)
         weights = sum(p.numel() for p in module.parameters()) if frozen else 0
-        if method in ("memdlm", "adapt"):
-            phi = memdlm.init_phi(module, [0], inner)
-        if adapt:
-            first = memdlm.first_fast_layer(module, inner)
-        elif method == "metastate":
+        phi = memdlm.init_phi(module, [0], inner) if method in ("memdlm", "adapt") else {}
+        # layers below the first one keep nothing
+        passes, first = 1, memdlm.first_fast_layer(module, inner) if adapt else 0
+        if method == "metastate":
             module = metastate.build(cfg, meta_cfg)
             passes, first = meta_cfg.unroll, meta_cfg.inject_layers[0]
         elif lora:
@@ -505,10 +490,8 @@ class Viewer:
     def __init__(self, name, memory, backbone, tokenizer, watch=False, record=False):
         self.name, self.watched = name, memory
         self.backbone, self.tokenizer = backbone, tokenizer
-        self.watch = watch
-        self.record = watch or record           # costs a softmax over the vocabulary a step
-        self.passes = self.tokens = self.slots = 0
-        self.asked = None
+        self.watch, self.record = watch, watch or record    # a softmax over the vocabulary a step
+        self.passes, self.tokens, self.slots, self.asked = 0, 0, 0, None
 
     def memory(self, backbone, xt, attend, start):
         """The `memory` argument of generate."""
@@ -648,15 +631,13 @@ class Command:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Decode prompts with a masked-diffusion LM, with and without its memory.")
+    parser = argparse.ArgumentParser(description="Decode prompts, with and without a memory.")
     add_flags(parser, Command)
     add_flags(parser, Decoding)
     flags = parser.parse_args()
     args, how = (kind(**given_flags(kind, flags)) for kind in (Command, Decoding))
     if args.explain and not args.checkpoint:
-        any_model = BackboneConfig(family="llada", max_len=sys.maxsize)
-        return print(how.filled(any_model).explain())
+        return print(how.filled(BackboneConfig(family="llada", max_len=sys.maxsize)).explain())
     if not args.checkpoint or not (args.prompt or args.explain or args.data and args.out):
         parser.error("--checkpoint and --prompt, or --data and --out, are needed")
     if args.data and (args.prompt or args.closed_book or args.watch or args.html):
@@ -679,8 +660,7 @@ def main():
             print(f"prompt ({len(ids)} ids): {' '.join(map(str, ids.tolist()))}")
         return print(how.explain())
     if args.html:
-        # a path that cannot be written is refused before the work
-        Path(args.html).touch()
+        Path(args.html).touch()             # what cannot be written is refused before the work
     answers = [viewer.decode(prompts, how, args.seed) for viewer in viewers]
     if len(answers) == 2:
         changed = sum(plain != remembered for plain, remembered in zip(*answers))
@@ -785,11 +765,11 @@ function add(parent, tag, className = "", textContent = "", value = null, top = 
 }
 function addPanel({name, about, words, values}, step) {
   const all = values.flat(), top = all.reduce((a, b) => Math.max(a, b), 1e-9)
-  add(main, "h2", "", name)
-  const legend = add(main, "small", "", about)
   const least = all.some(v => v < 0) ? ": \u2264 0" : ": 0"
+  add(main, "h2", "", name)
+  const legend = add(main, "small", "", about), text = add(main, "div")
   if (about) legend.append(least, add(legend, "i", "bar"), top.toPrecision(2))
-  const text = add(main, "div"), now = values[Math.min(step, values.length - 1)]
+  const now = values[Math.min(step, values.length - 1)]
   words.forEach((word, i) => add(text, "span", "token", word, now && now[i], top))
 }
 function addArm(parent, {name, frames}, step) {
