@@ -4789,6 +4789,7 @@ def world(seed, trained, row=None, base={}, dtype=torch.float32, **options):
     and activations. options: settings of INNER and of MetaState, and values in place of these."""
     def settings(kind):
         return {name: x for name, x in options.items() if hasattr(kind, name)}
+
     inner = dataclasses.replace(INNER, **settings(MemDLMConfig))
     backbone = random_backbone(seed, **base).requires_grad_(trained)
     meta = trained_meta(backbone, **settings(MetaStateConfig))
@@ -4849,12 +4850,6 @@ def noting(notes, label, function):
 
 
 def module_of(function):
-    """Where a function to be written stands: paper_sample here, in a copy in memdlm.py."""
-    modules = bb, sample, memdlm, metastate, sys.modules[__name__]
-    return next(m for m in modules if hasattr(m, function.split(".")[0]))
-
-
-def module_of(function):
     """Where a function to be written stands: paper_sample here, and in a copy in memdlm.py."""
     modules = bb, sample, memdlm, metastate, sys.modules[__name__]
     return next(m for m in modules if hasattr(m, function.split(".")[0]))
@@ -4880,18 +4875,15 @@ def values_of(name, seed):
     for label, value in args.items():
         value = dict(value.named_parameters()) if isinstance(value, torch.nn.Module) else value
         inputs |= {name: x for name, x in tensors_in(label, value) if x.requires_grad}
-    slopes = {}
+    found = [pair for note in notes for pair in tensors_in(*note)] + list(results.items())
     if inputs:
         g = torch.Generator().manual_seed(0)
         total = 0 * sum(x.sum() for x in inputs.values())       # so each has a gradient
-        for x in results.values():
-            if x.is_floating_point():
-                total = total + (x * torch.randn(x.shape, generator=g)).sum()
-        gradients = torch.autograd.grad(total, list(inputs.values()))
-        slopes = {f"gradient of {label}": d * (d.norm() > 1e-4)
-                  for label, d in zip(inputs, gradients)}
-    found = [pair for note in notes for pair in tensors_in(*note)]
-    found += [*results.items(), *slopes.items(), *tensors_in("afterwards:", args)]
+        total = total + sum((x * torch.randn(x.shape, generator=g)).sum()
+                            for x in results.values() if x.is_floating_point())
+        for label, d in zip(inputs, torch.autograd.grad(total, list(inputs.values()))):
+            found.append((f"gradient of {label}", d * (d.norm() > 1e-4)))
+    found += tensors_in("afterwards:", args)
     return {label: x.detach().clone() for label, x in found}
 
 
@@ -4910,8 +4902,10 @@ def difference(name, got, expected):
     Intermediates say where it begins, but a result may be reached in other ways."""
     if isinstance(got, str):
         return got
+
     def differs(label):
         return apart(got.get(label, torch.zeros(0)), expected[label]).any()
+
     wrong = [label for label in expected if not label.startswith(WITHIN) and differs(label)]
     if not wrong:
         return ""
@@ -4950,7 +4944,7 @@ def write_values(assignment, seed):
 
 # --------------------------------------------------------------------------------------------------
 # 16. The course: the student's copy (`--starter DIR`) and the grades of a class (`--grade FOLDER`).
-# This section is in no copy, so OUTCOMES (what measurements gave) is for the lecturer alone.
+# This section is in no copy, so LECTURER (what measurements gave) is for lecturers alone.
 
 BLANKS = dict(reversed(name.split(": ")) for name in VARIANTS)      # {function: its assignment}
 NEEDS = {"A3": "A1", "A6": "A5"}                                    # solved by us in its grade
@@ -5057,13 +5051,7 @@ python test_all.py --grade FOLDER [--out scores.csv] [--seed N] [--seconds 120]
 
 Measurement, 20 points: right command and arms 5, in the interval below 10, a 95 % interval 5.
 Explanation, 20: the cause 10, what else could explain the number and why it does not 5, limits 5.
-{outcomes}
-To change an assignment: a line of VARIANTS names its function and cases; what `world` names like a
-parameter is its argument. Comments on lines of their own stay. Say in COURSE what to write, and
-add lines to MISTAKES and EQUALS: their test says whether the cases find what they should.
-Public: the whole solution is this repository. What is graded is understanding, and a measurement.
-"""
-OUTCOMES = """\
+In the interval is:
 A1: t within 0.004; half a width of the interval: 0.0019, 0.0031, 0.0019
 A2: 0.15 to 0.25, 1.2 to 1.7, 1.4 to 2.5 nats on random tokens: the labels leak
 A3: 3 to 5 times
@@ -5072,6 +5060,11 @@ A4: first order 83 to 90 alone, 37 to 48 in 64 tokens; exact 96 to 100 twice. Th
 A5: 1.3 to 1.8, 1.2 to 1.5, 1.03 to 1.2 times
 A6: metastate 94 to 100 in the mean, frozen and wiped 57 to 63 (0 hops 100, the others about 50);
     after the exchange the other question's, 84 to 100 %
+
+To change an assignment: a line of VARIANTS names its function and cases; what `world` names like a
+parameter is its argument. Comments on lines of their own stay. Say in COURSE what to write, and
+add lines to MISTAKES and EQUALS: their test says whether the cases find what they should.
+Public: the whole solution is this repository. What is graded is understanding, and a measurement.
 """
 CONFTEST = '''\
 """A test that is not of the course is skipped while it needs a function not yet written."""
@@ -5257,7 +5250,7 @@ def grade(folder, out, seed, seconds):
 
 def course(argv):
     """`python test_all.py --starter DIR`, `--grade FOLDER`; `--starter --help`: for lecturers."""
-    parser = argparse.ArgumentParser(description=LECTURER.format(outcomes=OUTCOMES),
+    parser = argparse.ArgumentParser(description=LECTURER,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starter", type=Path, metavar="DIR")
     parser.add_argument("--grade", type=Path, metavar="FOLDER")
@@ -5360,18 +5353,20 @@ def verdicts(function, old, new):
             yield difference(name, attempt(name, 0), expected)
 
 
-def test_each_mistake_is_found_by_the_cases_of_the_function_in_which_it_was_made():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=slow)])
+def test_each_mistake_is_found_by_the_cases_of_the_function_in_which_it_was_made(every):
     mistakes = list(changes(MISTAKES))
     assert len(mistakes) >= 60
-    found = {mistake: next(filter(None, verdicts(*mistake)), "") for mistake in mistakes}
+    found = {mistake: next(filter(None, verdicts(*mistake)), "") for mistake in mistakes[::every]}
     assert [mistake for mistake, said in found.items() if not said] == []
     assert all(len(said.splitlines()) <= 8 and m[0] in said for m, said in found.items())
 
 
-def test_no_other_way_to_be_right_is_called_wrong():
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=slow)])
+def test_no_other_way_to_be_right_is_called_wrong(every):
     others = list(changes(EQUALS))
     assert len(others) >= 12
-    for other in others:
+    for other in others[::every]:
         assert not any(verdicts(*other)), other
 
 
@@ -5387,18 +5382,18 @@ def test_a_starter_holds_no_solution_no_measured_outcome_and_ends_in_one_line(tm
         node = node_of(source, function)
         end = source.splitlines()[node.body[-2:][0].lineno - 1:node.end_lineno]
         assert "\n".join(end) not in "".join(texts.values()), function
-    assert not (numbers(OUTCOMES) - numbers(COURSE)) & numbers(texts["README.md"])
-    assert not re.search("OUTCOMES|MISTAKES|expected: str", texts["test_all.py"])
-    scope = {"__name__": "backbone"}
-    exec(texts["backbone.py"], scope)
+    assert not (numbers(LECTURER) - numbers(COURSE)) & numbers(texts["README.md"])
+    assert not re.search("LECTURER|MISTAKES|expected: str", texts["test_all.py"])
+    exec(texts["backbone.py"], scope := {"__name__": "backbone"})
     with pytest.raises(SystemExit):
         scope["cli"](lambda: scope["corrupt"](0, 0, 0, 0))
     assert capsys.readouterr().err == "error: A1: write corrupt\n"
 
 
+@slow
 @pytest.mark.parametrize("blanks, which", [
     (["loss_unrolled"], "A1: or A2: or A3: or A5: or A6: or unknown_measure or metastate_gets"),
-    pytest.param([], "test_ and not test_a1_to_a6", marks=slow)])
+    ([], "test_ and not test_a1_to_a6")])
 def test_in_a_copy_what_is_written_passes_and_the_rest_says_what_it_needs(tmp_path, blanks, which):
     """Other tests that need it are skipped. A test with a1 in its name is none of A1."""
     write_starter(tmp_path / "copy", blanks)
@@ -5423,7 +5418,7 @@ def test_a_class_is_graded_whatever_it_hands_in(tmp_path):
     write_copy(bad, {"corrupt": ["while True:", "    pass"], "Updater.cell": ["raise SystemExit"],
                      "MetaState.step": ["import os", "os._exit(0)"]})
     wrong = graded(bad, "A1", 5, dict.fromkeys(CASES), 1, [])
-    assert wrong and all("timed out after 1 sec" in text for text in wrong.values())
+    assert wrong and all("timed out" in text for text in wrong.values())
     text = (bad / "metastate.py").read_text()
     (bad / "metastate.py").write_text(text.replace("def loss_unrolled", "def loss"))
     (bad / "memdlm.py").write_text("def inner_step(:")
@@ -5434,9 +5429,8 @@ def test_a_class_is_graded_whatever_it_hands_in(tmp_path):
     shutil.rmtree(bad)
     course(["--grade", str(tmp_path / "class"), "--out", str(tmp_path / "scores.csv")])
     row, = csv.DictReader((tmp_path / "scores.csv").read_text().splitlines())
-    assert row["student"] == "bad.zip"
-    assert [p for p in row if row[p] == "60"] == ["A5: Mixer.forward", "A5: Injector.forward"]
-    assert row["A5: Updater.forward"] == row["A5: MetaState.step"] == row["A3"] == "0"
+    assert [row[p] for p in row if p.startswith("A5: ")] == ["60", "0", "0", "60", "0"]
+    assert row["student"] == "bad.zip" and row["A5"] == "16" and row["A3"] == "0"
     text = (tmp_path / "scores-texts/bad.zip.txt").read_text()
     for said in ("memdlm.py cannot be read: SyntaxError", "Updater.cell plain: SystemExit",
                  "KeyError: 'loss_unrolled'", "A5: it ended before this case"):
