@@ -296,6 +296,91 @@ def independent_model(family, tensors, folder):
     return build(tensors, folder).to(dtype).eval()
 
 
+SMALL = "--n_eval 0 --batch_size 4 --length 32 --lr 1e-3 --device cpu".split()
+MDLM = ["--method", "mdlm", *SMALL]
+SLOTS = ["--method", "metastate", *SMALL]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
+    the held-out loss is that of 16 texts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
+    monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
+    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
+    return tmp_path
+
+
+def run_train(*argv):
+    """train.py's main() in this process."""
+    sys.argv = ["train.py", *map(str, argv)]
+    train.main()
+
+
+def main_of(module, argv):
+    """A script's command line in this process: its exit code, as a shell would see it."""
+    sys.argv = [f"{module.__name__}.py", *argv]
+    try:
+        bb.cli(module.main)
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def log_of(folder):
+    return [json.loads(row) for row in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def read_jsonl(file, max_len=64):
+    return train.read_jsonl(file, niah.tiny_tokenizer(), BackboneConfig(), max_len)
+
+
+GOOD_LINE = '{"prompt": "river = 47 . ? river =", "response": "47"}'
+GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, '
+             '{"role": "assistant", "content": "12"}]}')
+ASKED = '{"prompt": "how far?", "response": "72"}'
+CHAT_OF = ('{"messages": [{"role": "user", "content": "how far?"}, '
+           '{"role": "assistant", "content": %s}]}')
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def synchronize(device):
+    getattr(torch, torch.device(device).type).synchronize()
+
+
+def measured(function, device):
+    """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
+    def timed():
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - began
+    first = timed()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = first if first > 10 else sorted(timed() for _ in range(3))[1]
+    return seconds, sample.peak_memory()
+
+
+def share(rows, hops, after, steps):
+    """"donor / own / neither" in % of one cell."""
+    got = [r["follows"] for r in rows
+           if (r["hops"], r["after"], r["steps"]) == (hops, after, steps)]
+    return "/".join(f"{100 * got.count(name) / len(got):.0f}"
+                    for name in ("donor", "own", "neither")) if got else "-"
+
 
 # --------------------------------------------------------------------------------------------------
 # 1. What the papers say: against loops and modules written from them, and torch.nn.GRUCell.
@@ -347,7 +432,6 @@ def test_loss_equals_a_hand_computed_case(weight, expected):
     logits = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]]).log()           # (N, V)
     loss = masked_loss(logits, x0, masked, torch.tensor(weight), 4)
     assert loss.item() == pytest.approx(expected)
-
 
 
 @sdpa_kernel(SDPBackend.MATH)               # fast kernels have no second derivative
@@ -436,7 +520,6 @@ def test_the_exact_gradient_is_the_same_where_activations_are_recomputed(batch):
         torch.testing.assert_close(a, b)
 
 
-
 def test_clipping_is_per_tensor_and_per_sample(model, batch):
     """Every gradient here is larger than the clip, so every step has exactly its norm."""
     clip = 0.01
@@ -493,7 +576,6 @@ def phi_of(monkeypatch, model, batch, x0, inner=OPEN, context=None):
     return seen[-1]
 
 
-
 def test_in_training_a_prompt_is_written_as_at_inference_but_from_one_random_start(
         model, batch, monkeypatch):
     trained = phi_of(monkeypatch, model, batch, batch.x0)
@@ -507,7 +589,6 @@ def test_a_batch_without_a_text_to_write_is_plain_mdlm(model, batch):
     xt, masked = corrupt(batch.x0, batch.t, batch.given, 1, batch.u)
     plain = masked_loss(model(xt, batch.attend, masked), batch.x0, masked, torch.ones(4), 24)
     assert torch.equal(prompt_loss(model, batch, CLOSED, context=nothing), plain)
-
 
 
 @pytest.mark.parametrize("fraction", [0.1, 1.0])           # with 1.0 attention lies above a phi
@@ -646,7 +727,6 @@ def test_the_closed_book_sums_over_tokens_so_a_fact_is_as_strong_in_a_longer_tex
         torch.testing.assert_close(w.B, -inner.inner_lr * phi[name].B.grad, atol=1e-5, rtol=1e-3)
 
 
-
 def test_the_leaky_arm_is_the_inner_loop_of_training(model, batch):
     phi, _, ctx, masked = memdlm.adapt_to_response(
         model, batch.x0, batch.given, batch.attend, batch.t, batch.u, MEM, 7)
@@ -685,7 +765,6 @@ def two_steps(model, meta, batch):
     return first, second
 
 
-
 def test_updater_equals_torch_grucell(meta):
     read = torch.randn(5, 16)                                                       # (M, S)
     slots = torch.randn(5, 16)
@@ -715,7 +794,6 @@ def test_the_time_reaches_the_logits_of_a_trained_metastate_and_no_norm_of_an_un
     x = torch.randn(4, 3, 16)
     torch.testing.assert_close(metastate.AdaRMSNorm(16, 8)(x, torch.randn(4, 8)),
                                torch.nn.RMSNorm(16, eps=1e-5)(x))
-
 
 
 def test_the_next_steps_gradient_reaches_the_updater(model, batch):
@@ -756,7 +834,6 @@ def test_every_module_of_metastate_gets_a_gradient(unrolled):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unrolled.parameters())
 
 
-
 @pytest.mark.parametrize("progress", [0.0, 0.9])
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_the_reveals_of_a_row_add_up_to_all_of_its_tokens(progress, K):
@@ -795,7 +872,6 @@ def test_the_curriculum_of_metastate_begins_with_rows_that_need_memory(here, mon
     assert seen[:5] == [{"resolve"}, {"resolve"}] + [{"resolve", "single"}] * 3
 
 
-
 @pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
 def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch, balance):
     """L = sum over k of w_k [lambda dense_k + (1 - lambda) reveal_k], w_k = n_k / N_m."""
@@ -825,11 +901,6 @@ def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch,
     torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 
-
-def size(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(family):
     """At the real sizes. FLOPs per token at L = 1,024: 2 per weight a token passes through; the
@@ -847,57 +918,6 @@ def test_metastate_adds_under_a_percent_of_parameters_and_under_five_of_flops(fa
     own = size(meta) * meta_cfg.num_slots / 1024
     without_embedding = size(backbone) - cfg.vocab_size * cfg.d_model
     assert (per_token + scores + own) / without_embedding < 0.05
-
-
-
-SMALL = ["--n_eval", "0", "--batch_size", "4", "--length", "32", "--lr", "1e-3",
-         "--device", "cpu"]
-
-
-
-SLOTS = ["--method", "metastate", *SMALL]
-
-
-
-def run_train(*argv):
-    """train.py's main() in this process."""
-    sys.argv = ["train.py", *map(str, argv)]
-    train.main()
-
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; the tiny backbone is pretrained for two steps where needed, and
-    the held-out loss is that of few texts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
-    monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
-    # held-out loss: 16 texts
-    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
-    return tmp_path
-
-
-
-def synchronize(device):
-    getattr(torch, torch.device(device).type).synchronize()
-
-
-def measured(function, device):
-    """Seconds of a call, and the peak of the device's memory (on the CPU: of the process)."""
-    def timed():
-        synchronize(device)
-        began = time.perf_counter()
-        function()
-        synchronize(device)
-        return time.perf_counter() - began
-    first = timed()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = first if first > 10 else sorted(timed() for _ in range(3))[1]
-    return seconds, sample.peak_memory()
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1133,7 +1153,6 @@ def test_end_of_text_can_be_allowed_or_forbidden(model, policy, share):
     assert (ids == model.cfg.eos_id).float().mean() == share
 
 
-
 def test_an_answer_is_cut_at_its_first_stop_token(model):
     assert sample.cut(torch.tensor([5, 6, model.cfg.eos_id, 9]), model.cfg) == [5, 6]
 
@@ -1157,7 +1176,6 @@ def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(
     new, token = sample.choose_llada(logits, at, torch.tensor([1]), how, stop_ids)
     assert token[0, 2] == model.cfg.eos_id
     assert bool(new[0, 2]) == is_first
-
 
 
 def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
@@ -1205,16 +1223,6 @@ def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
         assert all(torch.equal(xt[:, :9], prompt) and not new[:, :9].any() for xt, new in seen)
 
 
-
-def share(rows, hops, after, steps):
-    """"donor / own / neither" in % of one cell."""
-    got = [r["follows"] for r in rows
-           if (r["hops"], r["after"], r["steps"]) == (hops, after, steps)]
-    return "/".join(f"{100 * got.count(name) / len(got):.0f}"
-                    for name in ("donor", "own", "neither")) if got else "-"
-
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. The real checkpoints: against independent models of transformers, and their own formats.
 
@@ -1253,7 +1261,6 @@ def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(
     assert cfg.mask_id == mask_id
 
 
-
 def test_llada_in_bf16_rotates_in_fp32_and_dream_does_not():
     """RoPE is a multiplication of complex numbers, one rounding after it."""
     x = torch.randn(1, 2, 50, 16).bfloat16()                                        # (B, H, L, d)
@@ -1271,7 +1278,6 @@ def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, bat
     assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
 
 
-
 def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
     tokenizer = niah.tiny_tokenizer()
     text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
@@ -1283,7 +1289,6 @@ def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
     ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
     cfg = BackboneConfig()
     assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
-
 
 
 def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path, monkeypatch):
@@ -1358,14 +1363,6 @@ def test_without_chat_a_prompt_is_its_own_text_and_a_response_ends_with_end_of_t
     assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
 
 
-
-ASKED = '{"prompt": "how far?", "response": "72"}'
-
-CHAT_OF = ('{"messages": [{"role": "user", "content": "how far?"}, '
-           '{"role": "assistant", "content": %s}]}')
-
-
-
 def chat_folder(folder, tokenizer, cfg, template=LLADA_TEMPLATE):
     """A miniature LLaDA with this tokenizer."""
     write_checkpoint(folder, "llada", vocab_size=300, embedding_size=300,
@@ -1432,14 +1429,12 @@ def test_an_adapters_own_tokenizer_and_template_are_used(llada_chat, tmp_path):
     assert load_backbone(tmp_path / "sft", "cpu").cfg.chat
 
 
-
 def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
     model = random_backbone(vocab_size=139)
     bb.save_backbone(model, tmp_path, niah.tiny_tokenizer())
     ids = torch.randint(3, 40, (2, 7))
     assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
     assert load_tokenizer(tmp_path).mask_token_id == 1
-
 
 
 def random_adapter(base):
@@ -1532,7 +1527,6 @@ def test_a_second_convolution_reaches_the_feed_forward_layers_and_ignores_paddin
     torch.testing.assert_close(model(padded, attend)[:, 5:], model(row), atol=1e-5, rtol=1e-4)
 
 
-
 @pytest.mark.parametrize("change, expected", [
     (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
     (dict(mask_token_id=0), dict(mask_id=0)),
@@ -1550,7 +1544,6 @@ def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-
 @pytest.mark.parametrize("kind", [True, False, "gaussian", "eva"])
 def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
     model = random_backbone()
@@ -1562,7 +1555,6 @@ def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
     assert loaded.layers[0].attn.q.lora_dropout == 0.05
     with pytest.raises(ValueError, match="carries an adapter already"):
         loaded.add_lora(8, 16)
-
 
 
 def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
@@ -1588,37 +1580,10 @@ def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
     assert torch.equal(model(ids), evaluated)
 
 
-
-MDLM = ["--method", "mdlm", *SMALL]
-
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def log_of(folder):
-    return [json.loads(row) for row in Path(folder, "log.jsonl").read_text().splitlines()]
-
-
-
 def test_with_lora_nothing_but_the_adapter_is_trained(here):
     run_train(*MDLM, "--steps", 1, "--lora", 2, "--out", "run")
     trained = train.read_state("run/resume.pt")["trained"]
     assert trained and all(2 in p.shape for p in trained)
-
-
-
-GOOD_LINE = '{"prompt": "river = 47 . ? river =", "response": "47"}'
-
-GOOD_CHAT = ('{"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}, '
-             '{"role": "assistant", "content": "12"}]}')
-
-
-def read_jsonl(file, max_len=64):
-    return train.read_jsonl(file, niah.tiny_tokenizer(), BackboneConfig(), max_len)
 
 
 def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
@@ -1626,18 +1591,6 @@ def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
     assert len(read_jsonl("good.jsonl")) == 8
     run_train(*MDLM, "--data", "good.jsonl", "--steps", 1)
     assert len(log_of("runs/mdlm")) == 1
-
-
-
-def main_of(module, argv):
-    """A script's command line in this process: its exit code, as a shell would see it."""
-    sys.argv = [f"{module.__name__}.py", *argv]
-    try:
-        bb.cli(module.main)
-    except SystemExit as e:
-        return e.code or 0
-    return 0
-
 
 
 def test_metastate_trained_on_an_adapter_loads_and_samples(here):
@@ -1669,13 +1622,11 @@ def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
     assert not Path("third").exists()
 
 
-
 def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
     chat = json.dumps({"context": "stone = 12 .", **json.loads(GOOD_CHAT)})
     Path("chats.jsonl").write_text("\n".join([chat, chat]))
     with pytest.raises(ValueError, match="chats.jsonl, line 1: .*closed book"):
         read_jsonl("chats.jsonl")
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1697,7 +1648,6 @@ def test_a_row_has_the_same_logits_alone_and_in_any_padded_batch(options, side):
     torch.testing.assert_close(together, model(row)[0], atol=1e-5, rtol=1e-4)
 
 
-
 def test_slices_of_layers_compose_to_the_whole(model):
     ids = torch.randint(3, 40, (2, 7))
     ctx = model.context(ids)
@@ -1717,7 +1667,6 @@ def test_no_mask_tensor_is_built_when_nothing_is_padded(model):
     assert model.context(ids, torch.ones(2, 7, dtype=torch.bool)).attend is None
 
 
-
 def test_gradient_checkpointing_changes_no_gradient(model, batch):
     model.requires_grad_(True)
     masked = ~batch.given
@@ -1729,7 +1678,6 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
         masked_loss(logits, batch.x0, masked, torch.ones(4), 24).backward()
         return [p.grad.clone() for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
-
 
 
 def adapted(model, batch, inner=MEM):
@@ -1781,7 +1729,6 @@ def test_a_rows_phi_is_the_same_alone_and_in_a_padded_batch(batch, options):
                                        atol=1e-5, rtol=1e-3)
 
 
-
 def test_the_phi_of_a_prompt_does_not_know_the_answer(model, batch, monkeypatch):
     other = batch.x0.clone()
     other[:, 8:] = (other[:, 8:] + 1) % 37 + 3
@@ -1801,7 +1748,6 @@ def test_the_phi_of_a_closed_book_does_not_know_the_question_of_any_length(
     mine = phi_of(monkeypatch, model, batch, batch.x0, CLOSED, context)
     theirs = phi_of(monkeypatch, model, batch, other, CLOSED, context)
     assert all(torch.equal(mine[name].B, theirs[name].B) for name in mine)
-
 
 
 def test_the_closed_book_is_closed_only_phi_knows_the_text(model, batch):
@@ -1829,7 +1775,6 @@ def test_rows_that_ask_about_one_text_share_its_phi(model, batch):
     torch.testing.assert_close(prompt_loss(model, shared, two), prompt_loss(model, shared, CLOSED))
 
 
-
 def test_a_text_written_in_chunks_gives_a_row_the_same_phi_alone_and_in_a_padded_batch(
         model, batch):
     together = adapted(model, batch, CLOSED)
@@ -1852,12 +1797,10 @@ def test_two_prompts_have_two_random_starts_and_one_prompt_always_the_same(model
         assert torch.equal(w.A[0], again[name].A[1])
 
 
-
 def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, meta, batch):
     at = ~batch.given
     plain = model(batch.x0.masked_fill(at, model.cfg.mask_id), batch.attend, at)
     assert all(torch.equal(logits, plain) for logits in two_steps(model, meta, batch))
-
 
 
 @pytest.mark.parametrize("memory, persists", [
@@ -1865,7 +1808,6 @@ def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, meta,
 def test_memory_reaches_the_next_steps_logits_and_reset_cuts_it(model, batch, memory, persists):
     first, second = two_steps(model, trained_meta(model, memory=memory), batch)
     assert torch.equal(first, second) != persists
-
 
 
 def test_the_wiped_arm_is_the_trained_metastate_started_from_s_0_at_every_step(model, batch):
@@ -1890,7 +1832,6 @@ def test_the_backbone_gets_no_gradient_and_keeps_its_weights(model, unrolled):
         assert torch.equal(p, untouched[name])
 
 
-
 @pytest.mark.parametrize("options", [
     dict(), dict(block_length=3), dict(threshold=0.3), dict(cfg_scale=0.5)])
 def test_metastate_rows_do_not_depend_on_batch_order_or_padding(model, options):
@@ -1911,7 +1852,6 @@ def test_slots_have_the_same_shape_at_any_length(model, meta, length):
     ctx = model.context(xt)
     _, slots, _ = meta.step(model, ctx, xt, torch.ones(2), None, xt > 20, length - 5)
     assert slots.shape == (2, 4, 16)
-
 
 
 @pytest.fixture
@@ -1949,7 +1889,6 @@ def test_the_wiped_arm_has_the_trained_weights_and_both_has_fast_weights_too(
     assert torch.equal(logits["wiped"], logits["metastate"])
     for arm in ("frozen", "both"):
         assert not torch.allclose(logits[arm], logits["metastate"], atol=1e-4)
-
 
 
 class LargestLogits(torch.utils._python_dispatch.TorchDispatchMode):
