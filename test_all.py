@@ -937,18 +937,18 @@ def reference_llada(model, prompt, gen_length, steps, block_length, temperature=
         for s in range(S):
             logits = model(x)                                                       # (B, L, V)
             if cfg_scale > 0:
-                free = model(torch.where(fixed, mask_id, x))
+                free = model(torch.where(fixed, mask_id, x))       # guidance: without the prompt
                 logits = free + (cfg_scale + 1) * (logits - free)
             noisy = logits
             if temperature > 0:
                 gumbel = -torch.rand_like(logits, dtype=torch.float64).log()
-                noisy = logits.double().exp() / gumbel ** temperature
+                noisy = logits.double().exp() / gumbel ** temperature               # Gumbel-max
             token = noisy.argmax(-1)                                                # (B, L)
             if remasking == "low_confidence":
                 p = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             else:
                 p = torch.rand(x.shape)
-            p[:, end:] = -torch.inf
+            p[:, end:] = -torch.inf                                # later blocks wait
             p = torch.where(x == mask_id, p, -torch.inf)
             for row in range(B):
                 quota = int(n[row] // S + (s < n[row] % S))
@@ -958,13 +958,9 @@ def reference_llada(model, prompt, gen_length, steps, block_length, temperature=
 
 
 @pytest.mark.parametrize("options", [
-    dict(),
-    dict(temperature=0.7),
-    dict(cfg_scale=1.5),
-    dict(remasking="random", temperature=0.5),
-    dict(steps=6, block_length=4),
-    dict(steps=6, block_length=12),
-    dict(block_length=3, temperature=0.3, cfg_scale=0.5)])
+    dict(), dict(temperature=0.7), dict(cfg_scale=1.5), dict(remasking="random", temperature=0.5),
+    dict(steps=6, block_length=4), dict(steps=5, block_length=12),
+    dict(block_length=3, temperature=0.3, cfg_scale=0.5)], ids=str)
 def test_llada_sampler_is_token_identical_to_the_official_description(model, options):
     options = {"gen_length": 12, "steps": 12, "block_length": 6, **options}
     prompt = torch.randint(3, 40, (3, 5))
@@ -982,7 +978,7 @@ def reference_dream_token(logits, temperature, top_p, top_k):
     if top_p is not None:
         value, index = logits.sort(descending=True)
         remove = value.softmax(-1).cumsum(-1) > top_p
-        remove[:, 1:] = remove[:, :-1].clone()
+        remove[:, 1:] = remove[:, :-1].clone()              # the token that passes top_p is kept
         remove[:, 0] = False
         for row in range(len(logits)):
             logits[row, index[row][remove[row]]] = lowest
@@ -1006,6 +1002,7 @@ def reference_dream(model, prompt, gen_length, steps, alg, temperature=0.0, top_
         share = 1 - time[i + 1] / time[i] if i < steps - 1 else 1.0
         logits = model(x)[masks]                                                    # (N, V)
         if alg == "origin":
+            # as in training, each mask on its own
             move = torch.rand(len(logits)) < share
             values = torch.full((len(move),), mask_id)
             values[move], _ = reference_dream_token(logits[move], temperature, top_p, top_k)
@@ -1033,24 +1030,21 @@ def reference_dream(model, prompt, gen_length, steps, alg, temperature=0.0, top_
 
 @pytest.mark.parametrize("alg", sample.DREAM_ORDERS)
 @pytest.mark.parametrize("options", [
-    dict(),
-    dict(temperature=0.4, top_p=0.9),
-    dict(temperature=0.4, top_k=5, alg_temp=0.3),
-    dict(top_k=3),
-    dict(steps=5)])
+    dict(), dict(temperature=0.4, top_p=0.9), dict(temperature=0.4, top_k=5, alg_temp=0.3),
+    dict(top_k=3), dict(steps=5)], ids=str)
 def test_dream_sampler_is_token_identical_to_the_official_description(alg, options):
     model = random_backbone(conv_width=0, shift=True)
     prompt = torch.randint(3, 40, (2, 5))
     options = {"steps": 10, **options}
     torch.manual_seed(3)
-    ours = sample.generate(model, prompt, gen_length=10, block_length=10, remasking=alg,
-                           stop_early=False, **options)
+    ours = sample.generate(model, prompt, gen_length=10, remasking=alg, stop_early=False, **options)
     torch.manual_seed(3)
     assert torch.equal(ours, reference_dream(model, prompt, 10, alg=alg, **options))
 
 
 @pytest.mark.parametrize("alg, options", [
-    ("origin", dict()), ("entropy", dict(temperature=0.4)), ("topk_margin", dict(alg_temp=0.5))])
+    ("origin", dict()), ("entropy", dict(temperature=0.4)), ("topk_margin", dict(alg_temp=0.5))],
+    ids=str)
 def test_a_row_that_ends_early_changes_no_draw_of_its_neighbours_in_dreams_orders(alg, options):
     """Up to each row's end-of-text; some rows must end before others."""
     model = random_backbone(conv_width=0, shift=True)
@@ -1059,7 +1053,7 @@ def test_a_row_that_ends_early_changes_no_draw_of_its_neighbours_in_dreams_order
     for seed in range(8):
         torch.manual_seed(seed)
         prompt = torch.randint(3, 40, (3, 5))
-        ours = sample.generate(model, prompt, gen_length=8, steps=8, remasking=alg, **options)
+        ours = sample.generate(model, prompt, gen_length=8, remasking=alg, **options)
         torch.manual_seed(seed)
         torch.randint(3, 40, (3, 5))
         for row, other in zip(ours, reference_dream(model, prompt, 8, 8, alg, **options)):
@@ -1070,66 +1064,18 @@ def test_a_row_that_ends_early_changes_no_draw_of_its_neighbours_in_dreams_order
     assert len(lengths) > 4
 
 
-@pytest.mark.parametrize("masks, quota", [(32, [3] * 8 + [2] * 4), (8, [1] * 8 + [0] * 4)])
-def test_llada_shares_out_its_masks_over_12_steps_as_published(masks, quota):
-    assert sample.split_evenly(torch.tensor([masks]), 12).tolist() == [quota]
-
-
 @pytest.mark.parametrize("masks, steps, expected", [
-    (32, 32, [0] + [1] * 30 + [2]),
-    (128, 128, [0] + [1] * 126 + [2]),
-    (128, 64, [1] + [2] * 62 + [3]),
-    (128, 32, [3] + [4] * 30 + [5])])
-def test_dreams_fp32_schedule_commits_the_published_number_of_tokens_at_each_step(
-        masks, steps, expected):
+    (32, 32, [0] + [1] * 30 + [2]), (128, 128, [0] + [1] * 126 + [2]),
+    (128, 64, [1] + [2] * 62 + [3]), (128, 32, [3] + [4] * 30 + [5])])
+def test_dreams_fp32_schedule_commits_as_many_tokens_a_step_as_published(masks, steps, expected):
     at = torch.ones(1, masks, dtype=torch.bool)
     how = sample.Decoding(steps=steps, remasking="entropy")
     counts = []
     for step in range(steps):
-        logits = torch.randn(int(at.sum()), 5)                                      # (N, V)
-        new, _ = sample.choose_dream(logits, at, step, how)
+        new, _ = sample.choose_dream(torch.randn(int(at.sum()), 5), at, step, how)
         counts.append(int(new.sum()))
         at = at & ~new
     assert counts == expected
-
-
-@pytest.mark.parametrize("options", [
-    dict(),
-    dict(block_length=3),
-    dict(threshold=0.2),
-    dict(cfg_scale=0.7),
-    dict(remasking="entropy")])
-def test_ragged_prompts_decode_as_each_prompt_alone(model, options):
-    prompts = [torch.randint(3, 40, (n,)) for n in (4, 9, 1)]
-    options = {"gen_length": 6, "steps": 6, "block_length": 6, **options}
-    together = sample.generate(model, prompts, **options)
-    alone = [sample.generate(model, [p], **options) for p in prompts]
-    assert torch.equal(together, torch.cat(alone))
-
-
-@pytest.mark.parametrize("threshold, steps, commits", [(0.0, 8, [8]), (1.1, 1, [1] * 8)])
-def test_threshold_decoding_commits_all_sure_tokens_and_at_least_one(
-        model, threshold, steps, commits):
-    seen = []
-
-    def count(xt, new, state):
-        seen.append(int(new.sum()))
-    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=steps,
-                    block_length=8, threshold=threshold, stop_early=False, on_step=count)
-    assert seen == commits
-
-
-class Eager:
-    """A predictor that wants end-of-text everywhere; `memory` is what sample.generate takes."""
-    calls = 0
-
-    def memory(self, backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            self.calls += 1
-            logits = backbone(xt, attend, at) - 100                                 # (N, V)
-            logits[:, backbone.cfg.eos_id] = logits.max() + 1
-            return logits, state
-        return predict, None
 
 
 def test_a_memory_is_told_the_answers_mask_ratio_and_guidances_copy_gets_no_state(model):
@@ -1146,81 +1092,91 @@ def test_a_memory_is_told_the_answers_mask_ratio_and_guidances_copy_gets_no_stat
     assert seen == [(3, 10), (3, None), (2, 11), (2, None), (1, 12), (1, None)]
 
 
+class Eager:
+    """A predictor that wants end-of-text everywhere; `memory` is what sample.generate takes."""
+    calls = 0
+
+    def memory(self, backbone, xt, attend, start):
+        def predict(xt, t, state, at):
+            self.calls += 1
+            logits = backbone(xt, attend, at) - 100                                 # (N, V)
+            logits[:, backbone.cfg.eos_id] = logits.max() + 1
+            return logits, state
+        return predict, None
+
+
 @pytest.mark.parametrize("policy, share", [("allow", 1.0), ("forbid", 0.0)])
 def test_end_of_text_can_be_allowed_or_forbidden(model, policy, share):
-    ids = sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, steps=6,
-                          block_length=6, eos=policy, memory=Eager().memory)
+    ids = sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, eos=policy,
+                          memory=Eager().memory)
     assert (ids == model.cfg.eos_id).float().mean() == share
 
 
-def test_an_answer_is_cut_at_its_first_stop_token(model):
-    assert sample.cut(torch.tensor([5, 6, model.cfg.eos_id, 9]), model.cfg) == [5, 6]
-
-
-def test_a_row_is_done_once_no_mask_is_left_before_its_first_stop_token(model):
+def test_a_row_is_done_once_no_mask_is_left_before_its_first_stop_token_and_cut_there(model):
     eos, mask = model.cfg.eos_id, model.cfg.mask_id
     rows = torch.tensor([[5, eos, mask, 9], [5, mask, eos, 9]])
     finished, done = sample.finish_rows(rows, 0, model.cfg)
     assert done.tolist() == [True, False]
     assert finished.tolist() == [[5, eos, eos, eos], [5, mask, eos, 9]]
+    assert sample.cut(torch.tensor([5, 6, eos, 9]), model.cfg) == [5, 6]
 
 
-@pytest.mark.parametrize("last, is_first", [(False, True), (True, False)])
-def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(
-        model, last, is_first):
+@pytest.mark.parametrize("last", [False, True])
+def test_the_surest_token_goes_first_unless_it_is_a_stop_token_to_be_put_last(model, last):
     logits = torch.randn(6, 40)                                                     # (N, V)
     logits[2, model.cfg.eos_id] = 50.0
     at = torch.ones(1, 6, dtype=torch.bool)
-    stop_ids = [model.cfg.eos_id] if last else []
     how = sample.Decoding(remasking="low_confidence")
-    new, token = sample.choose_llada(logits, at, torch.tensor([1]), how, stop_ids)
+    new, token = sample.choose_llada(logits, at, torch.tensor([1]), how, [model.cfg.eos_id] * last)
     assert token[0, 2] == model.cfg.eos_id
-    assert bool(new[0, 2]) == is_first
+    assert bool(new[0, 2]) != last
 
 
-def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
-    for seed in range(43, 60):
-        for temperature in (0.2, 1.0, 1e-38):
-            torch.manual_seed(seed)
-            logits = torch.randn(50, 40).bfloat16() * 3
-            how = sample.Decoding(temperature=temperature, top_p=0.95)
-            token, probs = sample.dream_token(logits, how)
-            assert token.shape == (50,) and (probs.gather(1, token[:, None]) > 0).all()
-    # it samples: not the likeliest token everywhere
-    torch.manual_seed(0)
-    logits = torch.randn(1, 20).expand(4000, 20).bfloat16()
-    token, probs = sample.dream_token(logits, sample.Decoding(temperature=1.0))
-    counts = F.one_hot(token, 20).float().mean(0)
-    assert (counts - probs[0].float()).abs().max() < 0.03
+@pytest.mark.parametrize("threshold, steps, commits", [(0.0, 8, [8]), (1.1, 1, [1] * 8)])
+def test_a_threshold_commits_all_sure_tokens_and_at_least_one(model, threshold, steps, commits):
+    seen = []
+    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=steps,
+                    threshold=threshold, stop_early=False,
+                    on_step=lambda xt, new, state: seen.append(int(new.sum())))
+    assert seen == commits
 
 
 def test_threshold_decoding_ranks_in_float64():
     """In a bf16 softmax 0.89837 passes for 0.9; in Fast-dLLM's float64 it does not."""
-    wanted = torch.tensor([0.8977, 0.5])
-    odds = torch.log(wanted / (1 - wanted))
-    logits = torch.stack([odds, torch.zeros(2)], -1).bfloat16()             # (N=2, V=2)
-    exact = logits.double().softmax(-1)[:, 0]
+    odds = torch.log(torch.tensor(0.8977 / 0.1023))
+    # the second position is the less sure one: only by passing the threshold it is committed
+    logits = torch.tensor([[9.0, 0.0], [odds, 0.0]]).bfloat16()                     # (N, V)
+    exact = logits.double().softmax(-1)[1, 0].item()
     at = torch.ones(1, 2, dtype=torch.bool)
-    for share in (exact[0].item() - 1e-6, exact[0].item() + 1e-6):
-        # the second position is the less sure one: only by passing the threshold it is committed
-        more = torch.cat([torch.tensor([[9.0, 0.0]]).bfloat16(), logits[:1]])
-        new, _ = sample.choose_llada(more, at, None, sample.Decoding(threshold=share), [])
-        assert new[0].tolist() == [True, share < exact[0].item()]
+    for threshold, passes in ((exact - 1e-6, True), (exact + 1e-6, False)):
+        new, _ = sample.choose_llada(logits, at, None, sample.Decoding(threshold=threshold), [])
+        assert new[0].tolist() == [True, passes]
 
 
-def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model):
-    mask = model.cfg.mask_id
+@pytest.mark.parametrize("options", [
+    dict(), dict(block_length=3), dict(threshold=0.1), dict(remasking="entropy")], ids=str)
+def test_a_mask_token_in_a_prompt_uses_up_no_commits_and_stays(model, options):
     prompt = torch.randint(3, 40, (1, 9))
-    prompt[0, [1, 4, 7]] = mask
-    for options in (dict(), dict(block_length=3), dict(threshold=0.1), dict(remasking="entropy")):
-        seen = []
+    prompt[0, [1, 4, 7]] = model.cfg.mask_id
+    seen = []
+    ids = sample.generate(model, prompt, gen_length=6, stop_early=False,
+                          on_step=lambda *step: seen.append(step), **options)
+    assert not (ids == model.cfg.mask_id).any()
+    assert all(torch.equal(xt[:, :9], prompt) and not new[:, :9].any() for xt, new, _ in seen)
 
-        def keep(xt, new, state):
-            seen.append((xt, new))
-        settings = {"gen_length": 6, "steps": 6, "block_length": 6, "stop_early": False, **options}
-        ids = sample.generate(model, prompt, on_step=keep, **settings)
-        assert not (ids == mask).any()
-        assert all(torch.equal(xt[:, :9], prompt) and not new[:, :9].any() for xt, new in seen)
+
+def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
+    for seed, temperature in itertools.product(range(43, 60), (0.2, 1.0, 1e-38)):
+        torch.manual_seed(seed)
+        how = sample.Decoding(temperature=temperature, top_p=0.95)
+        token, probs = sample.dream_token(torch.randn(50, 40).bfloat16() * 3, how)
+        assert token.shape == (50,) and (probs.gather(1, token[:, None]) > 0).all()
+    # it samples: not the likeliest token everywhere
+    torch.manual_seed(0)
+    logits = torch.randn(20).expand(4000, 20).bfloat16()
+    token, probs = sample.dream_token(logits, sample.Decoding(temperature=1.0))
+    counts = F.one_hot(token, 20).float().mean(0)
+    assert (counts - probs[0].float()).abs().max() < 0.03
 
 
 # --------------------------------------------------------------------------------------------------
