@@ -66,7 +66,7 @@ from metastate import MetaStateConfig
 
 
 # --------------------------------------------------------------------------------------------------
-# 0. What the tests share: tiny models, and checkpoints laid out as the official ones.
+# 0. What the tests share: tiny models, checkpoints laid out as the official ones, command lines.
 
 HERE = Path(__file__).parent
 
@@ -78,8 +78,7 @@ def one_thread():
 
 
 def random_backbone(seed=0, **options):
-    """A small backbone whose output depends on every weight (freshly initialised, its output
-    projections would be zero)."""
+    """Its output depends on every weight; freshly initialised, output projections would be zero."""
     sizes = {"vocab_size": 40, "d_model": 32, "head_dim": 16, "d_ff": 48}
     torch.manual_seed(seed)
     model = Backbone(BackboneConfig(**{**sizes, **options})).requires_grad_(False)
@@ -94,7 +93,6 @@ def random_backbone(seed=0, **options):
 
 
 MIXTURE = dict(conv_width=0, n_experts=4, experts_per_token=2)
-
 MEM = MemDLMConfig(rank=4, alpha=8.0, inner_lr=0.5)
 
 
@@ -108,11 +106,8 @@ def batch():
     """x0 (4, 14): rows of different length, padded on the left; the answer is the last 6 tokens."""
     g = torch.Generator().manual_seed(1)
     x0 = torch.randint(3, 40, (4, 14), generator=g)
-    attend = torch.ones(4, 14, dtype=torch.bool)
-    for row, pads in enumerate([0, 3, 5, 1]):
-        attend[row, :pads] = False
-    given = torch.ones_like(attend)
-    given[:, 8:] = False
+    attend = torch.arange(14) >= torch.tensor([0, 3, 5, 1])[:, None]
+    given = (torch.arange(14) < 8).expand(4, 14).clone()
     t = torch.tensor([0.3, 0.9, 0.6, 1.0])
     u = torch.rand(4, 14, generator=g)
     return train.Batch(x0, given, attend, t, u, torch.zeros_like(given))
@@ -135,8 +130,7 @@ CONFIGS = {
         num_attention_heads=4, num_key_value_heads=4, expert_intermediate_size=24, num_experts=8,
         num_experts_per_tok=3, vocab_size=80, rms_norm_eps=1e-5, rope_theta=50000.0,
         qk_layernorm=True, max_position_embeddings=128, mask_token_id=60, eos_token_id=61,
-        moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False),
-}
+        moe_layer_freq=[1, 1], hidden_act="silu", tie_word_embeddings=False)}
 
 # The published sizes. LLaDA-MoE's config.json names no mask token.
 REAL = {
@@ -152,148 +146,105 @@ REAL = {
         CONFIGS["llada_moe"], hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=16, expert_intermediate_size=1024, num_experts=64,
         num_experts_per_tok=8, vocab_size=157184, max_position_embeddings=8192,
-        moe_layer_freq=[1] * 16, mask_token_id=None, eos_token_id=156892),
-}
+        moe_layer_freq=[1] * 16, mask_token_id=None, eos_token_id=156892)}
 
 
-def official_keys(family, config):
-    """Key -> shape as the official checkpoints have them, written from the fact sheet, not from
-    backbone.py."""
-    return llada_keys(config) if family == "llada" else qwen_keys(family, config)
-
-
-def llada_keys(c):
-    D, V, ffn = c["d_model"], c["embedding_size"], c["mlp_hidden_size"]
-    keys = {"model.transformer.wte.weight": (V, D),
-            "model.transformer.ln_f.weight": (D,),
-            "model.transformer.ff_out.weight": (V, D)}
-    for i in range(c["n_layers"]):
-        block = f"model.transformer.blocks.{i}."
-        for name in ("attn_norm", "ff_norm"):
-            keys[f"{block}{name}.weight"] = (D,)
-        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
-            keys[f"{block}{name}.weight"] = (D, D)
-        keys[f"{block}ff_proj.weight"] = (ffn, D)
-        keys[f"{block}up_proj.weight"] = (ffn, D)
-        keys[f"{block}ff_out.weight"] = (D, ffn)
-    return keys
-
-
-def qwen_keys(family, c):
-    D, V = c["hidden_size"], c["vocab_size"]
-    d = D // c["num_attention_heads"]
-    kv = c["num_key_value_heads"] * d
-    keys = {"model.embed_tokens.weight": (V, D),
-            "model.norm.weight": (D,),
-            "lm_head.weight": (V, D)}
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            keys[f"{layer}{name}.weight"] = (D,)
-        for x, rows in zip("qkvo", (D, kv, kv, D)):
-            keys[f"{layer}self_attn.{x}_proj.weight"] = (rows, D)
-        if family == "dream":
-            ffn = c["intermediate_size"]
-            mlps = ["mlp"]
-            for x, rows in zip("qkv", (D, kv, kv)):
-                keys[f"{layer}self_attn.{x}_proj.bias"] = (rows,)
-        else:
-            ffn = c["expert_intermediate_size"]
-            for x in "qk":
-                keys[f"{layer}self_attn.{x}_norm.weight"] = (d,)
-            keys[f"{layer}mlp.gate.weight"] = (c["num_experts"], D)
+def official_keys(family, c):
+    """Key -> shape as the official checkpoints have them, by the fact sheet, not by backbone.py."""
+    D, V = c.get("d_model", c.get("hidden_size")), c.get("embedding_size", c["vocab_size"])
+    if family == "llada":
+        ffn, layers = c["mlp_hidden_size"], "model.transformer.blocks"
+        keys = {"model.transformer.wte": (V, D), "model.transformer.ln_f": (D,),
+                "model.transformer.ff_out": (V, D)}
+        layer = {"attn_norm": (D,), "q_proj": (D, D), "k_proj": (D, D), "v_proj": (D, D),
+                 "attn_out": (D, D), "ff_norm": (D,), "ff_proj": (ffn, D), "up_proj": (ffn, D),
+                 "ff_out": (D, ffn)}
+    else:
+        head, layers = D // c["num_attention_heads"], "model.layers"
+        kv = c["num_key_value_heads"] * head
+        keys = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
+        layer = {"input_layernorm": (D,), "self_attn.q_proj": (D, D), "self_attn.k_proj": (kv, D),
+                 "self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, D),
+                 "post_attention_layernorm": (D,)}
+        mlps, ffn = ["mlp"], c.get("expert_intermediate_size", c.get("intermediate_size"))
+        if family == "llada_moe":
             mlps = [f"mlp.experts.{e}" for e in range(c["num_experts"])]
+            layer |= {"mlp.gate": (c["num_experts"], D), "self_attn.q_norm": (head,),
+                      "self_attn.k_norm": (head,)}
         for mlp in mlps:
-            keys[f"{layer}{mlp}.gate_proj.weight"] = (ffn, D)
-            keys[f"{layer}{mlp}.up_proj.weight"] = (ffn, D)
-            keys[f"{layer}{mlp}.down_proj.weight"] = (D, ffn)
+            layer |= {f"{mlp}.gate_proj": (ffn, D), f"{mlp}.up_proj": (ffn, D),
+                      f"{mlp}.down_proj": (D, ffn)}
+    for i in range(c.get("n_layers", c.get("num_hidden_layers"))):
+        keys |= {f"{layers}.{i}.{name}": shape for name, shape in layer.items()}
+    keys = {f"{name}.weight": shape for name, shape in keys.items()}
+    if family == "dream":
+        keys |= {key.replace("weight", "bias"): shape[:1] for key, shape in keys.items()
+                 if re.search(r"[qkv]_proj", key)}
     return keys
 
 
 def write_checkpoint(folder, family, dtype=torch.float32, shards=2, config=None, **overrides):
-    """A random checkpoint in the official layout, in shards with an index; two small ones are
-    returned as {name: tensor}."""
+    """A random checkpoint in the official layout; of two shards the tensors, {name: tensor}."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**(config or CONFIGS[family]), **overrides}
+    keys = official_keys(family, config)
     scale = 1.6 * config.get("d_model", config.get("hidden_size")) ** -0.5
     g = torch.Generator().manual_seed(0)
-    keys = official_keys(family, config)
     tensors, weight_map = {}, {}
-    # Every second (sixth) tensor goes to the same shard: shards need not follow the layers.
-    for number in range(1, shards + 1):
-        names = sorted(keys)[number - 1::shards]
+    for number in range(shards):
         part = {}
-        for name in names:
+        # Every second (sixth) tensor goes to the same shard: shards need not follow the layers.
+        for name in sorted(keys)[number::shards]:
             is_norm = len(keys[name]) == 1 and name.endswith("weight")
             part[name] = torch.randn(keys[name], generator=g).mul_(scale).add_(is_norm).to(dtype)
-        file = f"model-{number:05}-of-{shards:05}.safetensors"
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         save_file(part, folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(part, file)
         tensors |= part if shards == 2 else {}
-    index = json.dumps({"weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
 
 
-SHARED_SIZES = dict(vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    attn_implementation="eager", max_position_embeddings=128)
+# LLaDA is a Llama but for its names, which are told apart here by their parts.
+LLADA_TO_LLAMA = {
+    "wte": "embed_tokens", "ln_f": "norm", "blocks": "layers",
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj"}
 
-
-def as_llama(tensors, folder):
-    """LLaDA is a Llama but for its names, which are told apart here by their parts."""
-    import transformers
-    ours_to_llama = {
-        "wte": "embed_tokens", "ln_f": "norm", "blocks": "layers",
-        "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
-        "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-        "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
-        "ff_out": "mlp.down_proj"}
-    state = {}
-    for key, tensor in tensors.items():
-        parts = key.replace("transformer.", "").split(".")
-        state[".".join(ours_to_llama.get(part, part) for part in parts)] = tensor
-    # "ff_out" is used twice: outside the blocks it is the head.
-    state["lm_head.weight"] = state.pop("model.mlp.down_proj.weight")
-    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **SHARED_SIZES, num_key_value_heads=4, intermediate_size=96, rms_norm_eps=1e-5,
-        rope_theta=500000.0))
-    other.load_state_dict(state)
-    return other
-
-
-def as_qwen2(tensors, folder):
-    import transformers
-    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        **SHARED_SIZES, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-6,
-        rope_theta=1000000.0))
-    other.load_state_dict(tensors)
-    return other
-
-
-def as_qwen3_moe(tensors, folder):
-    """Through a file: transformers 5 fuses the experts of a checkpoint while it loads it."""
-    import transformers
-    config = transformers.Qwen3MoeConfig(
-        **SHARED_SIZES, num_key_value_heads=4, head_dim=16, moe_intermediate_size=24,
-        num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5,
-        rope_theta=50000.0, intermediate_size=24, attention_bias=False, decoder_sparse_step=1,
-        mlp_only_layers=[])
-    target = folder / "as_qwen3_moe"
-    target.mkdir()
-    config.save_pretrained(target)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    dtype = next(iter(tensors.values())).dtype
-    return transformers.Qwen3MoeForCausalLM.from_pretrained(
-        target, attn_implementation="eager", dtype=dtype)
+# A family's class in transformers and what its configuration adds to the shared sizes.
+INDEPENDENT = {
+    "llada": ("Llama", dict(
+        num_key_value_heads=4, intermediate_size=96, rms_norm_eps=1e-5, rope_theta=500000.0)),
+    "dream": ("Qwen2", dict(
+        num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-6, rope_theta=1000000.0)),
+    "llada_moe": ("Qwen3Moe", dict(
+        num_key_value_heads=4, head_dim=16, moe_intermediate_size=24, num_experts=8,
+        num_experts_per_tok=3, norm_topk_prob=False, rms_norm_eps=1e-5, rope_theta=50000.0,
+        intermediate_size=24, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[]))}
 
 
 def independent_model(family, tensors, folder):
-    """The same weights in a model of transformers. Its decoders are causal by default; an all-zero
-    additive mask makes them attend fully."""
-    build = {"llada": as_llama, "dream": as_qwen2, "llada_moe": as_qwen3_moe}[family]
-    dtype = next(iter(tensors.values())).dtype
-    return build(tensors, folder).to(dtype).eval()
+    """The same weights in a model of transformers, through a file: version 5 fuses experts while it
+    loads them. Its decoders are causal unless an additive mask of zeros makes them attend fully."""
+    import transformers
+    kind, sizes = INDEPENDENT[family]
+    if family == "llada":
+        tensors = {re.sub(r"\w+", lambda part: LLADA_TO_LLAMA.get(part[0], part[0]),
+                          key.replace("transformer.", "")): x for key, x in tensors.items()}
+        # "ff_out" is used twice: outside the blocks it is the head.
+        tensors["lm_head.weight"] = tensors.pop("model.mlp.down_proj.weight")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=80, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, **sizes)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    other = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(
+        folder, attn_implementation="eager", dtype=next(iter(tensors.values())).dtype)
+    return other.eval()
 
 
 SMALL = "--n_eval 0 --batch_size 4 --length 32 --lr 1e-3 --device cpu".split()
@@ -1184,16 +1135,14 @@ def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(
-        tmp_path, family, dtype, tolerance):
-    tensors = write_checkpoint(tmp_path / "checkpoint", family, dtype)
-    model = load_backbone(tmp_path / "checkpoint", "cpu")
-    other = independent_model(family, tensors, tmp_path)
+def test_logits_of_a_checkpoint_equal_an_independent_model(tmp_path, family, dtype, tolerance):
+    tensors = write_checkpoint(tmp_path, family, dtype)
+    model = load_backbone(tmp_path, "cpu")
+    other = independent_model(family, tensors, tmp_path / "independent")
     ids = torch.randint(0, 80, (2, 11), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        ours = model(ids)
-        full = torch.zeros(2, 1, 11, 11, dtype=dtype)
-        theirs = other(input_ids=ids, attention_mask=full).logits
+    ours = model(ids)
+    full = torch.zeros(2, 1, 11, 11, dtype=dtype)
+    theirs = other(input_ids=ids, attention_mask=full).logits
     # Dream's sampler shifts the logits by one position; position 0 keeps its own.
     if family == "dream":
         theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], dim=1)
@@ -1203,15 +1152,13 @@ def test_logits_of_a_checkpoint_equal_an_independent_model_with_a_full_mask(
 
 
 @pytest.mark.parametrize("family, parameters, mask_id", [
-    ("llada", 8_015_581_184, 126336),
-    ("dream", 7_615_616_512, 151666),
+    ("llada", 8_015_581_184, 126336), ("dream", 7_615_616_512, 151666),
     ("llada_moe", 7_356_880_896, 156895)])
-def test_the_real_sizes_have_the_published_parameter_counts_and_key_sets(
-        family, parameters, mask_id):
+def test_the_real_sizes_have_the_published_parameters_and_keys(family, parameters, mask_id):
     cfg = bb.config_from_json(REAL[family])
     with torch.device("meta"):
         model = Backbone(cfg)
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert size(model) == parameters
     ours = {bb.official_name(n, family): tuple(p.shape) for n, p in model.named_parameters()}
     assert ours == official_keys(family, REAL[family])
     assert cfg.mask_id == mask_id
@@ -1230,20 +1177,128 @@ def test_llada_in_bf16_rotates_in_fp32_and_dream_does_not():
     assert [bb.config_from_json(CONFIGS[f]).rope_fp32 for f in CONFIGS] == [True, False, False]
 
 
-def test_a_tokenizers_mask_of_zeros_and_ones_does_as_well_as_booleans(model, batch):
-    assert torch.equal(model(batch.x0, batch.attend.long()), model(batch.x0, batch.attend))
+@pytest.mark.parametrize("change, expected", [
+    (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
+    (dict(mask_token_id=0, eos_token_id=0), dict(mask_id=0, eos_id=0)),
+    (dict(mlp_hidden_size=None), dict(d_ff=256)),
+    (dict(mlp_hidden_size=None, mlp_ratio=2), dict(d_ff=128)),
+    (dict(bias_for_layer_norm=None, n_kv_heads=None), dict(n_kv_heads=4)),
+    (dict(rms_norm_eps=0, rope_theta=10000), dict(norm_eps=0)),
+    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
+     dict(rope_theta=7e4)),
+    (dict(rope_scaling={"rope_type": "default"}), dict(rope_theta=5e5))], ids=str)
+def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially(change, expected):
+    cfg = bb.config_from_json({**CONFIGS["llada"], **change})
+    assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_the_tiny_tokenizer_gives_back_every_text_it_was_given():
-    tokenizer = niah.tiny_tokenizer()
+def test_a_second_convolution_reaches_the_feed_forward_layers():
+    """Without attention, token i depends on token i - 1 through the second convolution alone."""
+    ids = torch.arange(3, 12)[None]
+    other = ids.where(ids != 6, 30)                                     # another token 3
+    for convs in (0, 1):
+        model = random_backbone(ffn_convs=convs)
+        for layer in model.layers:
+            layer.attn.o.weight.zero_()
+        assert torch.equal(model(ids)[0, 4], model(other)[0, 4]) != convs
+
+
+def random_adapter(model, dropout=0.0):
+    """The backbone with a rank-4 LoRA whose B is no longer zero."""
+    model.add_lora(4, 8, dropout=dropout)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_adds_nothing_when_new_then_B_A_to_all_layers_but_the_head_also_once_loaded(
+        tmp_path, family):
+    write_checkpoint(tmp_path / "base", family)
+    base, new, model = (load_backbone(tmp_path / "base", "cpu") for _ in range(3))
+    ids = torch.randint(0, 60, (2, 7))
+    plain = base(ids)
+    assert torch.equal(new.add_lora(4, 8)(ids), plain)
+    trained = random_adapter(model, dropout=0.05)(ids)
+    for name, module in model.named_modules():
+        if isinstance(module, bb.Linear) and name != "lm_head":
+            change = 8 / 4 * module.lora_B.data @ module.lora_A.data                # alpha / r
+            base.get_submodule(name).weight.data += change
+    torch.testing.assert_close(base(ids), trained, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, trained, atol=1e-2)
+    bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    path = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    for key, shape in official_keys(family, CONFIGS[family]).items():
+        name = key.removesuffix(".weight")
+        named = re.fullmatch(config["target_modules"], name)            # as PEFT does it
+        is_head = name.endswith(("embed_tokens", "lm_head", ".wte", "transformer.ff_out"))
+        assert bool(named) == (len(shape) == 2 and not is_head), name
+    # initial values that change nothing in the base
+    for harmless in (True, False, "gaussian", "eva"):
+        path.write_text(json.dumps({**config, "init_lora_weights": harmless}))
+        loaded = load_backbone(tmp_path / "adapter", "cpu")
+        assert torch.equal(loaded(ids), trained)
+        assert loaded.layers[0].attn.q.lora_dropout == 0.05
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        loaded.add_lora(8, 16)
+
+
+def test_lora_and_fast_weights_are_added_to_bf16_in_fp32_and_rounded_once(model):
+    """As PEFT 0.21 does it: logits of all three families are then equal bit for bit."""
+    layer = random_adapter(model.bfloat16()).layers[0].attn.o
+    x = torch.randn(2, 9, layer.in_features).bfloat16()
+    A, B = layer.lora_A.data, layer.lora_B.data
+    y = F.linear(x, layer.weight).float()
+    once = (y + 8 / 4 * (x.float() @ A.T @ B.T)).bfloat16()
+    assert torch.equal(layer(x), once)
+    layer.lora_rank = 0
+    assert torch.equal(layer(x, bb.LowRank(A.expand(2, -1, -1), B.expand(2, -1, -1), 2.0)), once)
+
+
+def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
+    layer = random_adapter(model, dropout=0.5).layers[0].attn.q
+    x = torch.randn(2, 7, 32)
+
+    def by_hand(seen):
+        return x @ layer.weight.T + 8 / 4 * seen @ layer.lora_A.T @ layer.lora_B.T
+    torch.manual_seed(3)
+    ours = layer.train()(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours, by_hand(F.dropout(x, 0.5)))
+    torch.testing.assert_close(layer.eval()(x), by_hand(x))
+
+
+def test_an_adapter_is_all_that_is_trained_with_its_own_rank_and_metastate_trains_on_it(here):
+    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "first")
+    run_train(*MDLM, "--init", "first", "--steps", 2, "--out", "second")
+    for folder in ("first", "second"):
+        trained = train.read_state(f"{folder}/resume.pt")["trained"]
+        assert trained and all(4 in p.shape for p in trained)
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        assert (config["r"], config["base_model_name_or_path"]) == (4, "runs/pretrained-seed0")
+    first, second = weights_of("first"), weights_of("second")
+    assert any(not torch.equal(v, second[k]) for k, v in first.items())
+    for rank in (0, 8):
+        with pytest.raises(ValueError, match="adapter of rank 4"):
+            run_train(*MDLM, "--init", "first", "--lora", rank, "--out", "third")
+    with pytest.raises(ValueError, match="backbone is frozen"):
+        run_train(*SLOTS, "--init", "first", "--lora", 4, "--out", "third")
+    assert not Path("third").exists()
+    run_train(*SLOTS, "--unroll", 2, "--steps", 2, "--init", "second", "--out", "both")
+    assert json.loads(Path("both/metastate.json").read_text())["backbone"] == "second"
+    assert sample.load_arms("both", "cpu")[0].layers[0].attn.q.lora_rank == 4
+    argv = ["--checkpoint", "both", "--prompt", "? river =", "--device", "cpu"]
+    assert main_of(sample, argv) == 0
+
+
+def test_the_tiny_tokenizer_gives_back_every_text_and_agrees_with_its_model_on_special_ids():
+    tokenizer, cfg = niah.tiny_tokenizer(), BackboneConfig()
     text = "[PAD] the sky is blue . river = 47 . [MASK] ? river = [EOS]"
     assert tokenizer.decode(bb.encode(tokenizer, text)) == text
-
-
-def test_the_tiny_tokenizer_and_the_tiny_model_agree_on_the_special_ids():
-    tokenizer = niah.tiny_tokenizer()
     ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
-    cfg = BackboneConfig()
     assert ids == (cfg.pad_id, cfg.mask_id, cfg.eos_id)
 
 
@@ -1251,20 +1306,20 @@ def test_dreams_tokenizer_loads_from_its_own_files_without_remote_code(tmp_path,
     """Dream ships vocab.json and merges.txt and no tokenizer.json; here a BPE without merges.
     Before transformers 5 Qwen2Tokenizer is a slow class, which has no backend."""
     import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
     fast = transformers.Qwen2TokenizerFast
     monkeypatch.setattr(transformers, "Qwen2Tokenizer", None)
     monkeypatch.setattr(transformers, "Qwen2TokenizerFast", fast)
-    from tokenizers.pre_tokenizers import ByteLevel
     write_checkpoint(tmp_path, "dream")
     vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
-    added = {s: len(vocabulary) + i for i, s in enumerate(specials)}
+    added = {s: i for i, s in enumerate(specials, len(vocabulary))}
     config = {"tokenizer_class": "DreamTokenizer",
               "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    for file, content in (("vocab", vocabulary), ("tokenizer_config", config),
+                          ("added_tokens", added)):
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer).__name__.startswith("Qwen2")
     assert tokenizer.decode(bb.encode(tokenizer, "naive 12 café")) == "naive 12 café"
@@ -1275,7 +1330,6 @@ LLADA_TEMPLATE = (
     "{{ '<|startoftext|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
     "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
-
 LLADA_TURNS = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhow far?<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
@@ -1298,25 +1352,17 @@ def llada_chat():
     return tokenizer, cfg
 
 
-def test_a_chat_prompt_ends_with_an_open_turn_of_the_assistant(llada_chat):
+@pytest.mark.parametrize("chat, templates, prompt, response", [
+    (True, LLADA_TEMPLATE, LLADA_TURNS, "72 km<|eot_id|>"),
+    (True, {"tools": "no", "default": LLADA_TEMPLATE}, LLADA_TURNS, "72 km<|eot_id|>"),
+    (False, LLADA_TEMPLATE, "how far?", "72 km<|endoftext|>")], ids=["chat", "several", "bare"])
+def test_a_chat_prompt_opens_the_assistants_turn_a_bare_one_is_its_text_and_a_response_ends_each(
+        llada_chat, chat, templates, prompt, response):
     tokenizer, cfg = llada_chat
-    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == LLADA_TURNS
-
-
-def test_a_chat_pair_is_the_open_turn_and_a_response_that_ends_it(llada_chat):
-    tokenizer, cfg = llada_chat
-    pair = {"prompt": "how far?", "response": "72 km"}
-    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
-    assert texts == [LLADA_TURNS, "72 km<|eot_id|>"]
-
-
-def test_without_chat_a_prompt_is_its_own_text_and_a_response_ends_with_end_of_text(llada_chat):
-    tokenizer, cfg = llada_chat
-    cfg.chat = False
-    pair = {"prompt": "how far?", "response": "72 km"}
-    texts = [tokenizer.decode(ids) for ids in bb.encode_pair(tokenizer, cfg, pair)]
-    assert texts == ["how far?", "72 km<|endoftext|>"]
-    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == "how far?"
+    tokenizer.chat_template, cfg.chat = templates, chat
+    assert tokenizer.decode(bb.encode_prompt(tokenizer, cfg, "how far?")) == prompt
+    pair = bb.encode_pair(tokenizer, cfg, {"prompt": "how far?", "response": "72 km"})
+    assert list(map(tokenizer.decode, pair)) == [prompt, response]
 
 
 def chat_folder(folder, tokenizer, cfg, template=LLADA_TEMPLATE):
@@ -1325,16 +1371,6 @@ def chat_folder(folder, tokenizer, cfg, template=LLADA_TEMPLATE):
                      mask_token_id=cfg.mask_id, eos_token_id=cfg.eos_id, max_sequence_length=512)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-
-
-def test_of_several_chat_templates_the_default_is_taken(llada_chat, tmp_path):
-    tokenizer, cfg = llada_chat
-    chat_folder(tmp_path, tokenizer, cfg, None)
-    path = tmp_path / "tokenizer_config.json"
-    several = [dict(name="tools", template="no"), dict(name="default", template=LLADA_TEMPLATE)]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
-    ids = bb.encode_prompt(load_tokenizer(tmp_path), cfg, "how far?")
-    assert tokenizer.decode(ids) == LLADA_TURNS
 
 
 @pytest.mark.parametrize("name, template, chat, why", [
@@ -1359,9 +1395,8 @@ def test_a_base_model_is_decoded_and_evaluated_with_the_template_only_if_it_was_
     chat_folder(here / "LLaDA-Base", *llada_chat)
     Path("data.jsonl").write_text(f"{line}\n" * 4)
     prompts = []
-    generate = niah.generate
-    monkeypatch.setattr(niah, "generate", lambda b, p, **more: prompts.extend(p) or
-                        generate(b, p, **more))
+    monkeypatch.setattr(niah, "generate", lambda b, p, real=niah.generate, **more:
+                        prompts.extend(p) or real(b, p, **more))
     run_train(*MDLM, "--batch_size", 2, "--backbone", "LLaDA-Base", "--data", "data.jsonl",
               "--steps", 1, "--n_eval", 1, "--tasks", "single", "--unroll", 1, "--out", "run",
               *flags)
@@ -1373,212 +1408,21 @@ def test_a_base_model_is_decoded_and_evaluated_with_the_template_only_if_it_was_
 
 def test_an_adapters_own_tokenizer_and_template_are_used(llada_chat, tmp_path):
     tokenizer, cfg = llada_chat
-    chat_folder(tmp_path / "LLaDA-Base", tokenizer, cfg, None)
-    base = tmp_path / "LLaDA-Base"
-    bb.save_adapter(random_adapter(base), tmp_path / "sft", base)
-    shard = tmp_path / "sft/adapter_model.safetensors"
-    save_file(weights_of(tmp_path / "sft"), shard)                      # as PEFT writes it
-    assert not load_backbone(tmp_path / "sft", "cpu").cfg.chat
+    base, adapter = tmp_path / "LLaDA-Base", tmp_path / "sft"
+    chat_folder(base, tokenizer, cfg, None)
+    bb.save_adapter(random_adapter(load_backbone(base, "cpu")), adapter, base)
+    save_file(weights_of(adapter), adapter / "adapter_model.safetensors")    # as PEFT writes it
+    assert not load_backbone(adapter, "cpu").cfg.chat
     tokenizer.chat_template = LLADA_TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "sft")
-    assert load_tokenizer(tmp_path / "sft").chat_template == LLADA_TEMPLATE
-    assert load_backbone(tmp_path / "sft", "cpu").cfg.chat
+    tokenizer.save_pretrained(adapter)
+    assert load_tokenizer(adapter).chat_template == LLADA_TEMPLATE
+    assert load_backbone(adapter, "cpu").cfg.chat
 
 
-def test_a_saved_backbone_gives_the_same_logits_and_its_tokenizer_loads(tmp_path):
-    model = random_backbone(vocab_size=139)
-    bb.save_backbone(model, tmp_path, niah.tiny_tokenizer())
-    ids = torch.randint(3, 40, (2, 7))
-    assert torch.equal(load_backbone(tmp_path, "cpu")(ids), model(ids))
-    assert load_tokenizer(tmp_path).mask_token_id == 1
-
-
-def random_adapter(base):
-    """The backbone in `base` with a rank-4 LoRA whose B is no longer zero."""
-    model = load_backbone(base, "cpu").add_lora(4, 8)
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.1)
-    return model
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_new_adapter_changes_no_logit(tmp_path, family):
-    write_checkpoint(tmp_path, family)
-    ids = torch.randint(0, 60, (2, 7))
-    plain = load_backbone(tmp_path, "cpu")(ids)
-    assert torch.equal(load_backbone(tmp_path, "cpu").add_lora(4, 8)(ids), plain)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_saved_adapter_gives_the_same_logits_and_not_its_bases(tmp_path, family):
-    write_checkpoint(tmp_path / "base", family)
-    model = random_adapter(tmp_path / "base")
-    bb.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    ids = torch.randint(0, 60, (2, 7))
-    loaded = load_backbone(tmp_path / "adapter", "cpu")(ids)
-    assert torch.equal(loaded, model(ids))
-    assert not torch.equal(loaded, load_backbone(tmp_path / "base", "cpu")(ids))
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_an_adapter_equals_weights_to_which_it_was_added(tmp_path, family):
-    write_checkpoint(tmp_path, family)
-    model = random_adapter(tmp_path)
-    merged = load_backbone(tmp_path, "cpu")
-    for name, module in model.named_modules():
-        if isinstance(module, bb.Linear) and module.lora_rank:
-            change = 8 / 4 * module.lora_B.data @ module.lora_A.data                # alpha / r
-            merged.get_submodule(name).weight.data += change
-    ids = torch.randint(0, 60, (2, 7))
-    torch.testing.assert_close(merged(ids), model(ids), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_lora_and_fast_weights_are_added_to_bf16_in_fp32_and_rounded_once(tmp_path, family):
-    """As PEFT 0.21 does it: logits are then equal bit for bit on all three layouts."""
-    write_checkpoint(tmp_path, family, torch.bfloat16)
-    layer = random_adapter(tmp_path).layers[0].attn.o
-    x = torch.randn(2, 9, layer.in_features).bfloat16()
-    A, B = layer.lora_A.data, layer.lora_B.data
-    y = F.linear(x, layer.weight).float()
-    once = (y + 8 / 4 * (x.float() @ A.T @ B.T)).bfloat16()
-    assert torch.equal(layer(x), once)
-    layer.lora_rank = 0
-    assert torch.equal(layer(x, bb.LowRank(A.expand(2, -1, -1), B.expand(2, -1, -1), 2.0)), once)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_the_pattern_in_an_adapters_file_finds_all_linear_layers_but_the_head(tmp_path, family):
-    """PEFT matches target_modules with fullmatch."""
-    write_checkpoint(tmp_path, family)
-    bb.save_adapter(random_adapter(tmp_path), tmp_path / "adapter", tmp_path)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    matrices = {key.removesuffix(".weight") for key, shape
-                in official_keys(family, CONFIGS[family]).items() if len(shape) == 2}
-    found = {name for name in matrices if re.fullmatch(config["target_modules"], name)}
-    if family == "llada":
-        assert matrices - found == {"model.transformer.wte", "model.transformer.ff_out"}
-    else:
-        assert matrices - found == {"model.embed_tokens", "lm_head"}
-
-
-def test_a_second_convolution_reaches_the_feed_forward_layers_and_ignores_padding():
-    """Without attention, token i depends on token i - 1 through the second convolution alone."""
-    def influence(**options):
-        model = random_backbone(**options)
-        for layer in model.layers:
-            layer.attn.o.weight.zero_()
-        ids = torch.randint(3, 40, (1, 9))
-        other = ids.clone()
-        other[0, 3] = (other[0, 3] - 2) % 37 + 3
-        return (model(ids) - model(other))[0, 4].abs().max()
-    assert influence() == 0
-    assert influence(ffn_convs=1) > 0
-    model = random_backbone(ffn_convs=1)
-    row = torch.randint(3, 40, (1, 9))
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), row], 1)
-    attend = torch.arange(14)[None] >= 5
-    torch.testing.assert_close(model(padded, attend)[:, 5:], model(row), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("change, expected", [
-    (dict(eos_token_id=[61, 62]), dict(eos_id=61, pad_id=61, stop_ids=[61, 62])),
-    (dict(mask_token_id=0), dict(mask_id=0)),
-    (dict(eos_token_id=0), dict(eos_id=0)),
-    (dict(mlp_hidden_size=None), dict(d_ff=256)),
-    (dict(mlp_hidden_size=None, mlp_ratio=2), dict(d_ff=128)),
-    (dict(bias_for_layer_norm=None, n_kv_heads=None), dict(n_kv_heads=4)),
-    (dict(rms_norm_eps=0, rope_theta=10000), dict(norm_eps=0)),
-    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
-     dict(rope_theta=7e4)),
-    (dict(rope_scaling={"rope_type": "default"}), dict(rope_theta=5e5)),
-])
-def test_unusual_but_valid_entries_of_config_json_mean_what_they_mean_officially(change, expected):
-    cfg = bb.config_from_json({**CONFIGS["llada"], **change})
-    assert {name: getattr(cfg, name) for name in expected} == expected
-
-
-@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva"])
-def test_an_adapter_with_harmless_initial_values_loads(tmp_path, kind):
-    model = random_backbone()
-    bb.save_backbone(model, tmp_path / "base", None)
-    bb.save_adapter(model.add_lora(4, 8, dropout=0.05), tmp_path / "adapter", tmp_path / "base")
-    path = tmp_path / "adapter/adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": kind}))
-    loaded = load_backbone(tmp_path / "adapter", "cpu")
-    assert loaded.layers[0].attn.q.lora_dropout == 0.05
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        loaded.add_lora(8, 16)
-
-
-def test_lora_dropout_acts_on_the_input_of_a_in_training_only(model):
-    ids = torch.randint(3, 40, (2, 7))
-    model.add_lora(4, 8, dropout=0.5)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.3)
-    layer = model.layers[0].attn.q
-    x = torch.randn(2, 7, 32)
-    torch.manual_seed(3)
-    ours = layer.train()(x)
-    torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.5)
-    low = 2 * dropped @ layer.lora_A.T @ layer.lora_B.T
-    torch.testing.assert_close(ours, x @ layer.weight.T + low)
-    model.train()
-    assert not torch.equal(model(ids), model(ids))
-    evaluated = model.eval()(ids)
-    for module in model.modules():
-        if isinstance(module, bb.Linear):
-            module.lora_dropout = 0.0
-    assert torch.equal(model(ids), evaluated)
-
-
-def test_with_lora_nothing_but_the_adapter_is_trained(here):
-    run_train(*MDLM, "--steps", 1, "--lora", 2, "--out", "run")
-    trained = train.read_state("run/resume.pt")["trained"]
-    assert trained and all(2 in p.shape for p in trained)
-
-
-def test_a_model_trains_on_prompts_with_responses_and_on_chats(here):
+def test_a_file_may_mix_pairs_and_chats_and_only_the_closed_book_reads_a_chats_context(here):
     Path("good.jsonl").write_text("\n".join([GOOD_LINE, GOOD_CHAT] * 4))
     assert len(read_jsonl("good.jsonl")) == 8
     run_train(*MDLM, "--data", "good.jsonl", "--steps", 1)
-    assert len(log_of("runs/mdlm")) == 1
-
-
-def test_metastate_trained_on_an_adapter_loads_and_samples(here):
-    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "adapter")
-    run_train(*SLOTS, "--unroll", 2, "--steps", 2, "--init", "adapter", "--out", "both")
-    assert json.loads(Path("both/metastate.json").read_text())["backbone"] == "adapter"
-    backbone, _, arms = sample.load_arms("both", "cpu")
-    assert any(m.lora_rank == 4 for m in backbone.modules() if isinstance(m, bb.Linear))
-    assert "metastate" in arms
-    argv = ["--checkpoint", "both", "--prompt", "? river =", "--device", "cpu"]
-    assert main_of(sample, argv) == 0
-
-
-def test_training_goes_on_with_an_adapters_own_rank_and_refuses_another(here):
-    run_train(*MDLM, "--lora", 4, "--steps", 2, "--out", "first")
-    run_train(*MDLM, "--init", "first", "--steps", 2, "--out", "second")
-    for folder in ("first", "second"):
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
-        assert config["r"] == 4
-        assert config["base_model_name_or_path"] == "runs/pretrained-seed0"
-    first, second = weights_of("first"), weights_of("second")
-    assert any(not torch.equal(v, second[k]) for k, v in first.items())
-    load_backbone("second", "cpu")
-    for rank in (0, 8):
-        with pytest.raises(ValueError, match="adapter of rank 4"):
-            run_train(*MDLM, "--init", "first", "--lora", rank, "--out", "third")
-    with pytest.raises(ValueError, match="backbone is frozen"):
-        run_train(*SLOTS, "--init", "first", "--lora", 4, "--out", "third")
-    assert not Path("third").exists()
-
-
-def test_a_chat_with_a_context_is_for_the_closed_book_only(here):
     chat = json.dumps({"context": "stone = 12 .", **json.loads(GOOD_CHAT)})
     Path("chats.jsonl").write_text("\n".join([chat, chat]))
     with pytest.raises(ValueError, match="chats.jsonl, line 1: .*closed book"):
