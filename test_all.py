@@ -1573,10 +1573,6 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
     assert texts != niah.make_samples(tasks, 64, 20, 4)
 
 
-def test_recall_is_rulers_the_share_of_references_that_occur_in_any_case():
-    assert niah.recall(["47", "Blue"], "it is BLUE .") == 0.5
-
-
 @pytest.mark.parametrize("task, least, most", [("multikey", 0.25, 0.25), ("stories", 0.2, 0.28)])
 def test_chance_is_what_a_guesser_gets_who_names_a_value_or_a_place_of_the_text(task, least, most):
     rng = random.Random(0)
@@ -1600,7 +1596,8 @@ def test_intervals_are_wilsons_near_zero_and_one():
         assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
 
 
-def test_a_story_counts_only_if_its_first_sentence_names_the_place_and_no_other():
+def test_recall_is_the_share_of_references_found_but_a_storys_first_sentence_names_one_place():
+    assert niah.recall(["47", "Blue"], "it is BLUE .") == 0.5
     tokenizer, config = niah.tiny_tokenizer(), BackboneConfig()
     s = niah.make_samples(["stories"], 64, 1, 0, "eval")[0]
     right = s.refs[0]
@@ -1748,19 +1745,16 @@ def test_every_mode_sees_the_introduction_and_the_answer_length():
         assert niah.INTRO in prompt and gen_length == 12
 
 
-def closed_samples(n=3):
-    return niah.make_samples([niah.facts], 40, n, 0, "eval")
-
-
 def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_answers():
-    text = closed_samples(1)[0]
+    [text] = niah.make_samples([niah.facts], 40, 1, 0, "eval")
     for asked in niah.ask(text, 4, random.Random(0)):
         assert asked.text == text.text
         assert f"{asked.question.split()[1]} = {asked.answer} ." in text.text
 
 
-def test_the_controls_of_the_closed_book_are_what_they_are_called(tiny):
-    samples = closed_samples()
+def test_the_arms_of_the_closed_book_are_what_they_are_called(tiny):
+    model, tokenizer = tiny
+    samples = niah.make_samples([niah.facts], 40, 3, 0, "eval")
     phi = {arm: niah.phi_of_arm(*tiny, samples, arm, CLOSED) for arm in niah.CLOSED_ARMS}
     assert phi["none"] is None and phi["open"] is None
     for name, w in phi["written"].items():
@@ -1768,15 +1762,11 @@ def test_the_controls_of_the_closed_book_are_what_they_are_called(tiny):
         torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
         assert not torch.equal(phi["uncovered"][name].B, w.B)
     # one step from B = 0, then: the same the other way round
-    once = dataclasses.replace(CLOSED, masks=1, chunk=0)
-    blind, flipped = (niah.phi_of_arm(*tiny, samples, arm, once) for arm in ("written", "flipped"))
-    assert all(torch.equal(flipped[name].B, -w.B) for name, w in blind.items())
-    assert any(w.B.any() for w in blind.values())
-
-
-def test_the_question_is_written_behind_its_text_as_a_chunk_of_its_own(tiny):
-    model, tokenizer = tiny
-    samples = closed_samples()
+    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
+    once, flipped = (niah.phi_of_arm(*tiny, samples, arm, inner) for arm in ("written", "flipped"))
+    assert all(torch.equal(flipped[name].B, -w.B) for name, w in once.items())
+    assert any(w.B.any() for w in once.values())
+    # the question is written behind its text, as a chunk of its own
     inner = dataclasses.replace(CLOSED, chunk=16)
     phi = niah.phi_of_arm(*tiny, samples, "phi", inner)
     for row, s in enumerate(samples):
@@ -1813,15 +1803,13 @@ def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_
 
 @torch.no_grad()
 def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
-    """How much worse is the model on its own trajectory than on ground truth? A list over `steps`
-    mask ratios 1, 1 - 1/S, ... of three losses, means over the masked tokens of the batch:
+    """How much worse is the model on its own trajectory than on ground truth? At mask ratios 1,
+    1 - 1/S, ... three losses, means over the batch's masked tokens; the response ends every row.
 
-    sequential: still masked after denoising down to this ratio with its own, surest tokens.
-    static: equally many random positions masked, the rest ground truth; the paper's ratio is
-        sequential / static.
-    clean: the sequential run's positions, the rest ground truth. Free of the selection effect
-    (ours). All three start from the memory that the sequential run has left. The response must
-    stand at the end of every row."""
+    sequential: what is masked after denoising down to this ratio with its own, surest tokens.
+    static: as many random masks in the ground truth; the paper's ratio is sequential / static.
+    clean: the sequential masks in the ground truth. Free of the selection effect (ours).
+    All three start from the memory that the sequential run has left."""
     mask_id = backbone.cfg.mask_id
     n = (~given).sum(1)                                                                 # (B,)
     xt = x0.masked_fill(~given, mask_id)
@@ -1901,10 +1889,10 @@ def quick(here, monkeypatch):
     ("--method memdlm", "the closed book (ours)", "other      control: phi of another text"),
     ("--method metastate", "MetaState's loss", "wiped      control: the same weights"),
     ("--method memdlm --inner_on response", "MemDLM's loss", "on         phi, adapted")])
-def test_a_run_says_first_which_loss_it_trains_and_last_what_each_arm_is(here, capsys, flags, loss,
-                                                                         arm):
-    argv = "--steps 1 --n_eval 1 --batch_size 8 --length 16 --device cpu"
-    assert main_of(train, [*flags.split(), *argv.split()]) == 0
+def test_a_run_says_first_which_loss_it_trains_and_last_what_each_arm_is(
+        here, capsys, flags, loss, arm):
+    small = [*SMALL, "--n_eval", 1, "--batch_size", 8, "--length", 16]
+    run_train(*flags.split(), *small, "--steps", 1)
     said = capsys.readouterr().out
     assert said.startswith(f"trains {loss}") and f"\n  {arm}" in said
 
@@ -2160,17 +2148,16 @@ def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here,
     assert devices == ["cpu"] * 3
 
 
-BOOK = '{"context": "river = 47 . stone = 12 .", "prompt": "? river =", "response": "47"}'
-OTHER_BOOK = '{"context": "river = 33 .", "prompt": "? river =", "response": "33"}'
+BOOK = [dict(context="river = 47 . stone = 12 .", prompt="? river =", response="47"),
+        dict(context="river = 33 .", prompt="? river =", response="33")]
 
 
 def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_prompt_elsewhere(here):
-    Path("open.jsonl").write_text("\n".join([BOOK, GOOD_LINE]))
+    write_lines("open.jsonl", [BOOK[0], json.loads(GOOD_LINE)])
     with pytest.raises(ValueError, match='open.jsonl, line 2: .*needs a "context"'):
         run_train(*CLOSED_BOOK, "--data", "open.jsonl")
     assert not Path("runs").exists()
-    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK]))
-    whole = read_jsonl("book.jsonl")[0]
+    whole = read_jsonl(write_lines("book.jsonl", BOOK))[0]
     hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
     assert whole.text == []
     assert hidden.text + hidden.prompt == whole.prompt
@@ -2181,31 +2168,30 @@ def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_promp
     assert torch.equal(batch.x0[0], batch.x0[1])
 
 
-def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(quick):
-    run_train(*MDLM, "--steps", 1, "--out", "reader")
-    found = {}
-    for run, start in (("noise", []), ("one", ["--init", "reader"]),
-                       ("two", ["--init", "one", "--fraction", "1.0"]),
-                       ("adapter", ["--init", "reader", "--lora", "2"])):
-        run_train(*CLOSED_BOOK, "--steps", 1, *start, "--out", run)
-        model = load_backbone(run, "cpu")
-        found[run] = (model.cfg.conv_residual, [b.ffn_conv is not None for b in model.layers])
-    assert found == {"noise": (True, [False, False, False]),
-                     "one": (False, [False, False, True]),
-                     "two": (False, [False, False, True]),
-                     "adapter": (False, [False, False, False])}
-
-
 def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(quick, monkeypatch):
     """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
-    Path("book.jsonl").write_text("\n".join([BOOK, OTHER_BOOK] * 10))
+    write_lines("book.jsonl", BOOK * 10)
     written = spied(monkeypatch, memdlm, "write_text")
     options = [*CLOSED_BOOK, "--data", "book.jsonl", "--full_share", 0, "--steps", 2]
     for plain_share in (0, 1):
         run_train(*options, "--plain_share", plain_share, "--out", f"plain-{plain_share}")
         assert [len(ids) for (_, ids, *_), _ in written] == [8, 8]
+        assert len(log_of(f"plain-{plain_share}")) == 2
     with pytest.raises(ValueError, match="--questions"):
         run_train(*options, "--questions", 4, "--out", "shared")
+
+
+def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(quick):
+    for run, argv, residual, ffn in (
+            ("reader", MDLM, False, [False, False, False]),
+            ("noise", CLOSED_BOOK, True, [False, False, False]),
+            ("one", [*CLOSED_BOOK, "--init", "reader"], False, [False, False, True]),
+            ("two", [*CLOSED_BOOK, "--init", "one", "--fraction", 1], False, [False, False, True]),
+            ("lora", [*CLOSED_BOOK, "--init", "reader", "--lora", 2], False, [False] * 3)):
+        run_train(*argv, "--steps", 1, "--out", run)
+        model = load_backbone(run, "cpu")
+        assert model.cfg.conv_residual == residual, run
+        assert [layer.ffn_conv is not None for layer in model.layers] == ffn, run
 
 
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
