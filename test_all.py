@@ -2647,8 +2647,8 @@ def test_an_interrupted_write_leaves_the_old_files_and_a_whole_one_is_flushed(
 def test_scripts_start_where_windows_lacks_modules_and_characters_and_errors_have_their_own_line():
     """Also when a progress bar is open."""
     code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
-            "import backbone, niah, sample, train\ndef main():\n    print('42 \u2603')\n"
-            "    bar = backbone.tqdm(total=3)\n    bar.update()\n    raise ValueError('no')\n"
+            "import backbone, niah, sample, train\nbar = backbone.tqdm(total=3)\ndef main():\n"
+            "    print('42 \u2603')\n    bar.update()\n    raise ValueError('no')\n"
             "backbone.cli(main)")
     ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                            env={**os.environ, "PYTHONIOENCODING": "cp1252"})
