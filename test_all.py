@@ -23,7 +23,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import glob
 import inspect
 import itertools
 import json
@@ -42,7 +41,6 @@ import time
 import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -2292,7 +2290,7 @@ def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
     return viewer
 
 
-def test_no_token_sends_control_characters_to_the_screen_or_markup_into_a_page(capsys):
+def test_tokens_send_no_control_characters_and_no_markup_and_a_page_needs_no_network(capsys):
     text = "\x1b[2J\x9b2J\x07\rx</script><b>&amp;"
     hostile = argparse.Namespace(decode=lambda ids, **_: text * len(ids))
     viewer = viewer_after(sample.no_memory, hostile, [[5, 6]], watch=True, gen_length=3)
@@ -2302,6 +2300,7 @@ def test_no_token_sends_control_characters_to_the_screen_or_markup_into_a_page(c
     assert page.count("<") == sample.PAGE.count("<")
     assert data_of(page)["title"] == "</script><img src=x>"
     assert data_of(page)["rows"][0]["panels"][0]["words"] == ["[2J2Jx</script><b>&amp;"] * 2
+    assert not re.search(r"https?://|//\w|@import|url\(|<link|src=", sample.PAGE)
 
 
 @pytest.mark.parametrize("settings", [
@@ -2328,22 +2327,15 @@ def test_a_page_holds_all_tokens_of_all_steps_and_the_models_probability_of_what
         torch.testing.assert_close(after.sure[now], p[now])
 
 
-def test_a_page_needs_no_network():
-    assert not re.search(r"https?://|//\w|@import|url\(|<link|src=", sample.PAGE)
-
-
-def test_a_page_says_how_much_phi_raises_each_tokens_log_probability():
+def test_a_page_says_how_much_phi_raises_each_log_probability_and_what_the_mixer_reads(meta):
     memory = memdlm.prompt_memory(MEM)
     viewer = viewer_after(memory, niah.tiny_tokenizer(), [[5, 6, 7], [8, 9]], gen_length=3)
-    shown = data_of(sample.page("phi", [viewer]))["rows"][1]["panels"][0]
+    gains = data_of(sample.page("phi", [viewer]))["rows"][1]["panels"][0]["values"][0]
     model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
     _, phi = memory(model, torch.tensor([[8, 9]]), None, 2)
     for i, canvas in enumerate([[mask, 9], [8, mask]]):
         off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
-        assert shown["values"][0][i] == pytest.approx((on - off)[8 + i].item(), abs=1e-4)
-
-
-def test_a_page_of_metastate_says_what_the_mixer_read_at_each_step(meta):
+        assert gains[i] == pytest.approx((on - off)[8 + i].item(), abs=1e-4)
     viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [[5, 6, 7]], gen_length=3)
     values = data_of(sample.page("slots", [viewer]))["rows"][0]["panels"][0]["values"]
     assert values[0] is None and len(values) == 4
@@ -2373,18 +2365,6 @@ def write_word_tokenizer(folder, words):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def write_small_checkpoints(folder):
-    """Tiny checkpoints of the right layout that know the words of niah.py."""
-    words = dict.fromkeys([*niah.vocabulary(), *niah.INTRO.split()])
-    sizes = dict(vocab_size=len(words), embedding_size=len(words), mask_token_id=1, eos_token_id=2,
-                 max_position_embeddings=512, max_sequence_length=512)
-    for name, family in (("LLaDA-8B-Instruct", "llada"), ("Dream-v0-Instruct-7B", "dream"),
-                         ("LLaDA-MoE-7B-A1B-Base", "llada_moe")):
-        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
-        write_checkpoint(folder / name, family, **known)
-        write_word_tokenizer(folder / name, words)
-
-
 SHORT = {"test_all.py": "", "sample.py": "--device cpu", "niah.py": "--n 2 --device cpu",
          "train.py": "--steps 1 --n_eval 1 --batch_size 4 --accumulate 1 --length 32 "
                      "--max_len 500 --device cpu"}
@@ -2410,7 +2390,15 @@ def test_every_command_of_the_readme_runs(here):
     for file, n in (("train", 12), ("longalpaca", 12), ("gsm8k", 2)):
         write_data(f"{file}.jsonl", n)
     write_lines("4096/data/vt/validation.jsonl", RULER)
-    write_small_checkpoints(here / "Org")
+    # real backbones in miniature, which know the words of niah.py
+    words = dict.fromkeys([*niah.vocabulary(), *niah.INTRO.split()])
+    sizes = dict(vocab_size=len(words), embedding_size=len(words), mask_token_id=1, eos_token_id=2,
+                 max_position_embeddings=512, max_sequence_length=512)
+    for name, family in (("LLaDA-8B-Instruct", "llada"), ("Dream-v0-Instruct-7B", "dream"),
+                         ("LLaDA-MoE-7B-A1B-Base", "llada_moe")):
+        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
+        write_checkpoint(Path("Org", name), family, **known)
+        write_word_tokenizer(Path("Org", name), words)
     main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
             "test_all.py": by_hand}
     for script, argv in commands:
@@ -2428,12 +2416,9 @@ def test_a_file_imports_five_packages_at_most_runs_no_checkpoints_code_and_fits_
     allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
                "safetensors", "huggingface_hub", "tokenizers"}
     allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
-    names = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
+    nodes = list(ast.walk(ast.parse(text)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= allowed
     if file != "test_all.py":
         assert not re.search(r"trust_remote_code\s*=", text)
@@ -2522,12 +2507,11 @@ def test_weights_that_are_no_usable_floats_or_not_finite_are_named(tmp_path):
     """Also in a large matrix, (16000, 64), on the CPU."""
     tensors = write_checkpoint(tmp_path, "llada", torch.bfloat16, embedding_size=16_000)
     (tmp_path / "model.safetensors.index.json").unlink()
-    for name, value, dtype, words in (("wte", math.nan, torch.bfloat16, "NaN"),
-                                      ("wte", math.inf, torch.bfloat16, "infinity"),
-                                      ("wte", -math.inf, torch.bfloat16, "infinity"),
-                                      ("blocks.1.q_proj", 0, torch.float8_e4m3fn, "F8_E4M3"),
-                                      ("blocks.1.q_proj", 0, torch.float32, "F32 BF16 mixed")):
-        key = f"model.transformer.{name}.weight"
+    key = "model.transformer.wte.weight"
+    for value, dtype, words in (
+            (math.nan, torch.bfloat16, "NaN"), (math.inf, torch.bfloat16, "infinity"),
+            (-math.inf, torch.bfloat16, "infinity"), (0, torch.float8_e4m3fn, "F8_E4M3"),
+            (0, torch.float32, "F32 BF16 mixed")):
         bad = tensors[key].clone()
         bad[-1, -2] = value
         bb.write_atomically(tmp_path / "model.safetensors", functools.partial(
@@ -2550,7 +2534,6 @@ def test_files_that_are_cut_short_missing_or_of_another_checkpoint_are_named(tmp
         assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} weight_map {words}")
     (tmp_path / "a/config.json").unlink()
     assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{tmp_path}/a/config.json missing")
-    assert says(why(load_backbone, tmp_path / "b", "cpu"), f"no checkpoint folder {tmp_path}/b")
     bb.save_backbone(random_backbone(vocab_size=139), tmp_path / "c", niah.tiny_tokenizer())
     file = tmp_path / "c/tokenizer.json"
     file.write_text(file.read_text().replace('"river"', '"lake"'))
@@ -2601,12 +2584,9 @@ def test_every_entry_of_an_adapter_is_used_harmless_or_refused_by_name(tmp_path)
     assert set(bb.ADAPTER_REQUIRED) == set(PEFT_REFUSED)
 
 
-THINKS = ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<think>{% endif %}")
-
-
 @pytest.mark.parametrize("template, line, words", [
-    (THINKS, ASKED, "start prompt <think>"),
+    ("{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}", ASKED,
+     "start prompt <think>"),
     ("{{ raise_exception('roles!') }}", ASKED, "template roles!"),
     (LLADA_TEMPLATE, CHAT_OF % '""', "response empty"),
     (LLADA_TEMPLATE, ASKED.replace("72", "<extra>"), "'<extra>' 262")])
@@ -2756,9 +2736,7 @@ BAD_LINES = {
         (TAKEN, "--seed", "1", "--prompt"),
         (["--prompt", "river"], "--checkpoint", "magic _0", "no checkpoint folder"),
         (TAKEN, "--prompt", "''", "prompt empty"),
-        (TAKEN, "--prompt", "magic", "vocabulary: magic"),
         (PROMPT, "--gen_length --steps --block_length", "0 -1 x 7.5", None),
-        (PROMPT, "--gen_length", "9000", "gen_length=9000 limit 8192"),
         (PROMPT, "--block_length", "4", "gen_length=6 multiple block_length=4"),
         ([*PROMPT, "--block_length", "3"], "--steps", "5", "steps=5 multiple 2"),
         ([*PROMPT, "--block_length", "3"], "--remasking", "entropy", "entropy one block"),
@@ -2808,7 +2786,6 @@ BAD_DATA = {
         ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f"}]}]}, "dropped tool_calls"),
         ({"messages": [USER, {**REPLY, "weight": 0}]}, "dropped weight"),
         ({"prompt": "river", "response": " "}, "response empty"),
-        ({"prompt": "", "response": "47"}, "prompt empty"),
         ({"prompt": "the hello sky world", "response": "47"}, "vocabulary: hello world")]),
     niah: (TAKEN, RULER[0], [
         ([], "expected RULER's"),
