@@ -4428,7 +4428,7 @@ floor(s_pre k) of the n that are not given (at most n), those with the smallest 
 each factor is scaled by min(1, clip / (norm of g + 1e-6)); exact keeps the graph, else each step
 starts from constants.
 Measure: by how many nats do the two inner steps lower the outer loss of a masked token (`inner_lr`
-0.1, 0.5, 2; t = 1; 20 texts of 14 random tokens; `random_backbone()`, `MEM`)? What is learned?
+0.1, 0.5, 2; t = 1; 20 texts of 14 random tokens; test_all's `random_backbone()`, `MEM`)? Why?
 
 ## A3: MemDLM in a batch (8 h)
 Read: MemDLM, sections 3.1 and 4.4. Write: {A3}. As A2, for all rows at once. `given` may include
