@@ -4835,7 +4835,7 @@ def test_a_starter_holds_no_solution_no_measured_outcome_and_ends_in_one_line(tm
 
 @slow
 @pytest.mark.parametrize("blanks, which", [
-    (["loss_unrolled"], "A1: or A2: or A3: or A5: or A6: or unknown_measure or metastate_gets"),
+    (["loss_unrolled"], "A1: or A2: or A3: or A5: or A6: or unknown_measure or every_module_gets"),
     ([], "test_ and not test_a1_to_a6")])
 def test_in_a_copy_what_is_written_passes_and_the_rest_says_what_it_needs(tmp_path, blanks, which):
     """Other tests that need it are skipped. A test with a1 in its name is none of A1."""
@@ -4851,7 +4851,7 @@ def test_in_a_copy_what_is_written_passes_and_the_rest_says_what_it_needs(tmp_pa
     assert [name for name, _ in failed] == missing, p.stdout
     assert all("NotImplementedError: A6: write loss_unrolled" in reason for _, reason in failed)
     # without a blank only the two learning runs, which take minutes
-    assert f" {1 if blanks else 2} skipped" in p.stdout
+    assert re.search(r" [1-9]\d* skipped" if blanks else " 2 skipped", p.stdout)
 
 
 def test_a_class_is_graded_whatever_it_hands_in(tmp_path):
