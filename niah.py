@@ -126,9 +126,8 @@ def hide(rng, facts, query, length, count, asked):
         lines.pop()
     n = len(facts) + len(lines)
     places = sorted(rng.sample(range(n), len(facts)))
-    # in ascending order each insertion lands at its final index
     for place, fact in zip(places, facts):
-        lines.insert(place, fact)
+        lines.insert(place, fact)               # in ascending order: at its final index
     return " ".join(lines + [query]), places[facts.index(asked)] / max(1, n - 1)
 
 
@@ -182,8 +181,7 @@ def resolve(rng, length, split, count, least=0, most=4):
 
 
 def common(rng, length, split, count):
-    """RULER common words: 3 words stand 6 times as often as all others (its ratio below 4K tokens).
-    No filler. Differs: RULER asks for ten words; the answer here is in vocabulary order."""
+    """RULER common words, no filler: 3 words (RULER: 10) stand 6 times as often as all others."""
     words = rng.sample(KEYS, len(KEYS))
     top = sorted(words[:3], key=KEYS.index)
     per_word = (count(" ".join(KEYS)) + 2) / len(KEYS)
@@ -456,8 +454,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
     yields the likeliest ids (n, gen_length) and the memory's state."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
     xt = F.pad(ids, (0, gen_length), value=backbone.cfg.mask_id)
-    at = F.pad(torch.zeros_like(attend), (0, gen_length), value=True)
-    attend = F.pad(attend, (0, gen_length), value=True)
+    at, attend = (F.pad(x, (0, gen_length), value=True) for x in (attend & False, attend))
     predict, state = memory(backbone, xt, attend, ids.shape[1])
     for _ in range(passes):
         logits, state = predict(xt, torch.ones(len(xt), device=xt.device), state, at)

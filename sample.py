@@ -9,7 +9,6 @@ is None, for MetaState the slots (with phi and what was read), for MemDLM the fa
 Shapes: B batch, L canvas = prompt (left-padded) + answer, V vocabulary, N chosen positions
 Read as: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
 bf16 a row may come out differently alone and padded in a batch, as theirs do), except that
-- logits are computed only where a token can be chosen: masked, up to the end of the block;
 - a row whose end-of-text has no mask before it is finished and takes no further part (where Dream
   draws random numbers it does, for its neighbours' sake: what comes behind the end is dropped);
 - eos = last keeps end-of-text and end-of-turn for last at every temperature; the official flag, by
@@ -21,7 +20,6 @@ Run: python sample.py --checkpoint runs/memdlm --prompt "river = 47 . ? river ="
 """
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -76,8 +74,7 @@ class Decoding:
             raise ValueError(f"steps={how.steps}: use a multiple of {how.blocks}, the blocks")
         blockwise = how.blocks > 1 or self.threshold is not None or self.eos == "last"
         if order in DREAM_ORDERS and blockwise:
-            raise ValueError(f"{order} decodes one block: set block_length = gen_length, "
-                             "no threshold, eos allow or forbid")
+            raise ValueError(f"{order} decodes one block: no block_length, threshold or eos last")
         if order not in DREAM_ORDERS and (self.top_p, self.top_k, self.alg_temp) != (None,) * 3:
             raise ValueError(f"top_p, top_k and alg_temp belong to Dream's orders, not to {order}")
         if prompt_length + n > config.max_len:
@@ -181,7 +178,6 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
 
 def split_evenly(n, steps):
     """n (B,) tokens over the steps (B, steps), the first n % steps get one more.
-
     32 over 12 = 3 x 8, then 2 x 4."""
     return n[:, None] // steps + (torch.arange(steps, device=n.device) < n[:, None] % steps)
 
@@ -208,9 +204,8 @@ def choose_llada(logits, at, counts, how, last):
     if how.remasking == "random":
         confidence = torch.rand(at.shape, device=at.device).masked_fill(~at, -torch.inf)
     else:
-        # tokens to be put last keep their place, at confidence 0
         ranked = logits.clone() if last else logits
-        ranked[:, last] = -torch.inf
+        ranked[:, last] = -torch.inf                    # they keep their place, at confidence 0
         if how.threshold is not None:
             # Fast-dLLM's precision: in bf16 0.89837 passes for 0.9. LLaDA ranks in the model's own
             ranked = ranked.to(device).double()
@@ -229,11 +224,9 @@ def choose_llada(logits, at, counts, how, last):
 def choose_dream(logits, at, step, how, eps=1e-3):
     """Dream's diffusion_generate: t runs from 1 to eps, a share 1 - s/t of the masks is committed.
     logits (N, V) at the positions `at` (B, L). Returns positions (B, L) bool and tokens (B, L)."""
-    # in fp32, because the counts are truncated from it
-    schedule = torch.linspace(1, eps, how.steps + 1)
+    schedule = torch.linspace(1, eps, how.steps + 1)    # in fp32: counts are truncated from it
     share = 1.0 if step == how.steps - 1 else (1 - schedule[step + 1] / schedule[step]).item()
-    if how.remasking == "origin":
-        # as in training, each mask on its own
+    if how.remasking == "origin":                       # as in training, each mask on its own
         new = on_canvas(torch.rand(len(logits), device=at.device) < share, at, False)
         return new, on_canvas(dream_token(logits[new[at]], how)[0], new, 0)
     token, probs = dream_token(logits, how)                                 # (N,), (N, V)
@@ -267,9 +260,8 @@ def dream_token(logits, how):
         logits = (logits / how.temperature).clamp(lowest, -lowest)
     if how.top_p is not None and how.top_p < 1:
         ordered, index = logits.sort(descending=True)
-        # the token that passes the threshold is kept
         beyond = (ordered.softmax(-1).cumsum(-1) > how.top_p).roll(1, -1)
-        beyond[:, 0] = False
+        beyond[:, 0] = False                            # the token that passes top_p is kept
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), lowest)
     if how.top_k is not None:
         weakest = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
@@ -285,8 +277,7 @@ def finish_rows(xt, start, config):
     """A row is done once its first stop token has no mask before it; then comes end-of-text."""
     answer = xt[:, start:]
     stop = torch.isin(answer, torch.tensor(config.stop_ids, device=xt.device))
-    # up to and including the first stop token
-    before = stop.long().cumsum(1) - stop.long() == 0
+    before = stop.long().cumsum(1) - stop.long() == 0   # up to and including the first stop token
     done = stop.any(1) & ~((answer == config.mask_id) & before).any(1)
     answer = answer.masked_fill(done[:, None] & ~before, config.eos_id)
     return torch.cat([xt[:, :start], answer], dim=1), done
@@ -368,12 +359,11 @@ def peak_memory():
     """Bytes: of the accelerator if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # getrusage alone would count what the parent process held
-    status = Path("/proc/self/status")
+    status = Path("/proc/self/status")      # getrusage would count what the parent process held
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     if os.name == "nt":
-        return math.nan
+        return float("nan")
     import resource                                         # there is none on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -429,7 +419,6 @@ def estimate(cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=
         module = Backbone(cfg)
         weights = sum(p.numel() for p in module.parameters()) if frozen else 0
         phi = memdlm.init_phi(module, [0], inner) if method in ("memdlm", "adapt") else {}
-        # layers below the first one keep nothing
         passes, first = 1, memdlm.first_fast_layer(module, inner) if adapt else 0
         if method == "metastate":
             module = metastate.build(cfg, meta_cfg)
@@ -437,19 +426,17 @@ def estimate(cfg, method, batch, length, lora, scored=1.0, inner=None, meta_cfg=
         elif lora:
             module.add_lora(lora, 2 * lora)
         trained = 0 if adapt else sum(p.numel() for p in module.parameters() if p.requires_grad)
-    tokens, layers = batch * length, cfg.n_layers - first
+    tokens, layers = batch * length, cfg.n_layers - first       # those below keep nothing
     experts = max(1, cfg.experts_per_token)
     ffn = cfg.d_ff * experts
     # what one layer keeps for the backward pass
     layer = tokens * weight_bytes * (10 * cfg.d_model + 4 * ffn + 3 * cfg.n_heads * cfg.head_dim)
-    if adapt:
+    if adapt:                               # phi is computed in fp32, from a copy of its inputs
+        layer += tokens * 4 * (2 * cfg.d_model * experts + ffn)
         closed = isinstance(inner, memdlm.ClosedBook)
         scored = 1 / inner.masks if closed else min(1, inner.s_pre * inner.prompt_ratio)
-        # phi is computed in fp32, from a copy of its inputs
-        layer += tokens * 4 * (2 * cfg.d_model * experts + ffn)
     kept = layers * layer
-    if checkpointing and not adapt:
-        # the layers' inputs; one layer at a time is computed again
+    if checkpointing and not adapt:         # inputs; one layer at a time is computed again
         kept = layers * tokens * weight_bytes * cfg.d_model + layer
     return {"weights": weights * weight_bytes, "trained, gradient, Adam": 16 * trained,
             # phi, its gradient, the new phi, a temporary
@@ -468,7 +455,7 @@ def device_memory(device):
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):                          # Windows
-        return math.inf
+        return float("inf")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -497,8 +484,7 @@ class Viewer:
         """The `memory` argument of generate."""
         self.start, self.prompt, self.attend = start, xt[:, :start], attend[:, :start]
         self.sure = torch.full(xt.shape, -1.0, device=xt.device)
-        masks = xt[:, start:]
-        self.frames = [Frame(masks, self.sure[:, start:], torch.zeros_like(masks))]
+        self.frames = [Frame(*(x[:, start:] for x in (xt, self.sure, torch.zeros_like(xt))))]
         predict, state = self.watched(backbone, xt, attend, start)
         self.phi = state[1] if isinstance(state, tuple) else state
 
@@ -506,8 +492,7 @@ class Viewer:
             self.passes += 1
             logits, state = predict(xt, t, state, at)
             if self.record:
-                # a second pass of a step is guidance's, without the prompt
-                self.asked = self.asked or (logits, at)
+                self.asked = self.asked or (logits, at)     # a second pass is guidance's
             return logits, state
         return counting, state
 
@@ -725,12 +710,11 @@ PAGE = """<!doctype html>
 body { margin: 0 2rem 2rem }
 header { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
 .row { display: flex; gap: 2rem }
-.row > div { flex: 1; min-width: 0 }
+.row > div { flex: 1; min-width: 0; font-size: 1.2rem }
 .row + h2 { border-top: 2px solid; margin-top: 2rem }
 header .row { align-items: center }
 input { flex: 1; height: 1.5rem }
 h1, h2 { margin: .6rem 0 0; font-size: 1.2rem }
-.canvas { font-size: 1.2rem }
 .token { display: inline-block; margin: .15em; padding: 0 .35em; border: 3px solid transparent;
          border-radius: .3em; overflow-wrap: anywhere }
 .mask { font-style: italic; border: 3px dashed CanvasText }
@@ -765,7 +749,7 @@ function add(parent, tag, className = "", textContent = "", value = null, top = 
 }
 function addPanel({name, about, words, values}, step) {
   const all = values.flat(), top = all.reduce((a, b) => Math.max(a, b), 1e-9)
-  const least = all.some(v => v < 0) ? ": \u2264 0" : ": 0"
+  const least = all.some(v => v < 0) ? ": ≤ 0" : ": 0"
   add(main, "h2", "", name)
   const legend = add(main, "small", "", about), text = add(main, "div")
   if (about) legend.append(least, add(legend, "i", "bar"), top.toPrecision(2))
@@ -774,7 +758,7 @@ function addPanel({name, about, words, values}, step) {
 }
 function addArm(parent, {name, frames}, step) {
   add(parent, "h2", "", name)
-  const canvas = add(parent, "div", "canvas"), map = add(parent, "div", "map")
+  const canvas = add(parent, "div"), map = add(parent, "div", "map")
   const {words, sure, kind} = frames[Math.min(step, frames.length - 1)]
   const looks = ["token mask", "token", step < frames.length ? "token new" : "token"]
   words.forEach((word, i) => add(canvas, "span", looks[kind[i]], word, sure[i]))
@@ -783,8 +767,7 @@ function addArm(parent, {name, frames}, step) {
   frames.slice(1).forEach(({sure, kind}, k) => {
     const when = k < step ? "" : "later"
     add(map, "div", when, `step ${k + 1}`)
-    kind.forEach((kind, i) =>
-      add(map, "div", when, kind === 2 ? "\u25cf" : "", kind === 1 ? null : sure[i]))
+    kind.forEach((x, i) => add(map, "div", when, x === 2 ? "●" : "", x === 1 ? null : sure[i]))
   })
 }
 function show() {
