@@ -454,7 +454,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
     yields the likeliest ids (n, gen_length) and the memory's state."""
     ids, attend = left_pad(prompts, backbone.cfg.pad_id, backbone.device)
     xt = F.pad(ids, (0, gen_length), value=backbone.cfg.mask_id)
-    at, attend = (F.pad(x, (0, gen_length), value=True) for x in (attend & False, attend))
+    at, attend = (F.pad(x, (0, gen_length), value=True) for x in (torch.zeros_like(attend), attend))
     predict, state = memory(backbone, xt, attend, ids.shape[1])
     for _ in range(passes):
         logits, state = predict(xt, torch.ones(len(xt), device=xt.device), state, at)
