@@ -12,7 +12,7 @@ Convention: logits[:, i] predicts token i in every family. Dream reads that pred
 to the left; `head` does so. t = 0 is clean, t = 1 all masked; one t per row.
 Read as: padding is never attended to, and positions count from the first real token, so a row gives
 the same logits alone and inside any padded batch.
-Left out: causal attention and KV caches (the canvas changes everywhere), dropout but for LoRA's.
+Left out: causal attention, KV caches (the canvas changes), LLaDA2's block mask, dropout but LoRA's.
 """
 import argparse
 import hashlib
@@ -113,7 +113,6 @@ class LowRank(NamedTuple):
     scale: float  # alpha / r
 
     def map(self, f):
-        """The same with f(A) and f(B)."""
         return self._replace(A=f(self.A), B=f(self.B))
 
 
@@ -138,8 +137,7 @@ class Linear(nn.Linear):
         if self.lora_rank:
             low = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
             low = F.linear(F.linear(low, self.lora_A), self.lora_B)
-            # added in fp32 and rounded once, as in PEFT
-            y = (y + self.lora_alpha / self.lora_rank * low).to(y.dtype)
+            y = (y + self.lora_alpha / self.lora_rank * low).to(y.dtype)  # rounded once, as in PEFT
         if fast is not None:
             low = x.to(fast.A.dtype) @ fast.A.mT @ fast.B.mT  # (B, L, d_out)
             y = (y + fast.scale * low).to(y.dtype)
@@ -166,8 +164,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        # cast first, then the weight: the other way round is not the same in bf16
-        return self.weight * x32.to(x.dtype)
+        return self.weight * x32.to(x.dtype)  # cast first: the other order differs in bf16
 
 
 def rotate(x, cos, sin, fp32):  # x (B, H, L, d)
@@ -195,13 +192,11 @@ class Attention(nn.Module):
 
     def forward(self, x, ctx):  # (B, L, D)
         cfg, (B, L, _) = self.cfg, x.shape
-        q = self.q(x).view(B, L, cfg.n_heads, cfg.head_dim)
-        k = self.k(x).view(B, L, cfg.n_kv_heads, cfg.head_dim)
-        v = self.v(x).view(B, L, cfg.n_kv_heads, cfg.head_dim).transpose(1, 2)
+        q, k, v = (f(x).view(B, L, -1, cfg.head_dim) for f in (self.q, self.k, self.v))
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)  # (B, H, L, d)
-        k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin, cfg.rope_fp32)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
+        q, k = (rotate(x, ctx.cos, ctx.sin, cfg.rope_fp32) for x in (q, k))
         if cfg.n_kv_heads < cfg.n_heads:  # each serves n_heads / n_kv_heads heads of q in a row
             k, v = (x.repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=1) for x in (k, v))
         mask = None if ctx.attend is None else ctx.attend[:, None, None]  # (B, 1, 1, L)
@@ -346,8 +341,7 @@ class Backbone(nn.Module):
                 p.zero_()
             elif name.endswith("conv"):
                 # what the FFN hears of neighbours must be loud beside a token's own embedding
-                loud = self.cfg.conv_residual or "ffn" in name
-                bound = (4 if loud else 1) * p.shape[0] ** -0.5
+                bound = (4 if self.cfg.conv_residual or "ffn" in name else 1) * len(p) ** -0.5
                 p.uniform_(-bound, bound, generator=generator)
             elif "embed" in name:
                 p.normal_(0, 0.5, generator=generator)
@@ -375,13 +369,8 @@ class Backbone(nn.Module):
             conv.uniform_(-bound, bound, generator=generator)
             layer.ffn_conv = nn.Parameter(conv.to(self.device, self.dtype))
 
-    @property
-    def device(self):
-        return self.embed_tokens.weight.device
-
-    @property
-    def dtype(self):
-        return self.embed_tokens.weight.dtype
+    device = property(lambda self: self.embed_tokens.weight.device)
+    dtype = property(lambda self: self.embed_tokens.weight.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -527,10 +516,9 @@ def cli(main):
 # official_name says under which key a file holds our tensor; load_weights puts it into its place.
 
 def load_backbone(name_or_path, device=None, dtype=None, chat=None):
-    """"tiny" (new, initialised from torch's seed), a folder written by train.py, an official
-    checkpoint (hub name or folder) or an adapter in PEFT's format -> Backbone in eval mode. Raises
-    FileNotFoundError or ValueError. device: None picks cuda, mps or cpu. dtype: None keeps the
-    checkpoint's. chat: do prompts go through the chat template? None: as saved, else guess_chat."""
+    """"tiny" (new, from torch's seed), a folder of train.py, an official checkpoint (hub name or
+    folder) or a PEFT adapter -> Backbone in eval mode. FileNotFoundError or ValueError if it fails.
+    dtype: None keeps the files'. chat: prompts in a template? None: as saved, else guess_chat."""
     device = default_device(device)
     if name_or_path == "tiny":
         return Backbone(BackboneConfig()).init_weights().to(device, dtype).eval()
@@ -649,8 +637,8 @@ def config_from_json(raw, where="config.json"):
 
 # Our names of tensors -> the checkpoint's: regular expressions, applied from left to right. LLaDA:
 # layers.0.ffn.gate -> model.transformer.blocks.0.ff_proj   embed_tokens -> model.transformer.wte
-# layers.0.ffn.down -> model.transformer.blocks.0.ff_out   norm    -> model.transformer.ln_f
-# layers.0.attn.o   -> model.transformer.blocks.0.attn_out   lm_head    -> model.transformer.ff_out
+# layers.0.ffn.down -> model.transformer.blocks.0.ff_out    norm         -> model.transformer.ln_f
+# layers.0.attn.o   -> model.transformer.blocks.0.attn_out  lm_head      -> model.transformer.ff_out
 QWEN_NAMES = [(r"attn_norm", "input_layernorm"), (r"ffn_norm", "post_attention_layernorm"),
               (r"attn\.([qkvo])\b", r"attn.\1_proj"), (r"\b(gate|up|down)\b", r"\1_proj"),
               (r"\battn\.", "self_attn."), (r"ffn\.router", "mlp.gate"), (r"\bffn\.", "mlp."),
@@ -672,8 +660,8 @@ def official_name(name, family):
 
 def load_weights(model, names, shards, where, dtype=None):
     """Fill parameters, also on `meta`; names: {key in the files: parameter}. dtype=None: as in the
-    files, whose mapped views the weights stay on the CPU. ValueError names what does not fit before
-    any weight is read, then NaN or infinity in files without a checksum of ours."""
+    files (on the CPU: views of the mapped files). ValueError names what does not fit before any
+    weight is read, then NaN or infinity in files without a checksum of ours."""
     home = {key: shard for shard in shards for key in shard.keys()}
     problems = [f"missing {key}" for key in sorted(names.keys() - home.keys())]
     problems += [f"unexpected {key}" for key in sorted(home.keys() - names.keys())]
@@ -810,9 +798,7 @@ def write_atomically(path, write):
 def shard_files(folder):
     """The names of a checkpoint's weight files. ValueError if its index is not one."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [single.name]
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": single.name}
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map must be an object, not {weight_map!r:.80}")
     for file in weight_map.values():
@@ -937,10 +923,9 @@ def load_adapter(model, folder):
 # 9. Tokenizers and chat formats.
 
 # Assumed: LLaDA-MoE has the format of the same authors' LLaDA2. Only for a tokenizer without one.
-ROLE_TEMPLATE = (
-    "{% for m in messages %}<role>{{ m.role | upper | replace('USER', 'HUMAN') }}</role>"
-    "{{ m.content }}<|role_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+MOE_CHAT = ("{% for m in messages %}<role>{{ m.role | upper | replace('USER', 'HUMAN') }}</role>"
+            "{{ m.content }}<|role_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
 
 
 def guess_chat(name, folder):
@@ -958,8 +943,7 @@ def guess_chat(name, folder):
 def load_tokenizer(name_or_path):
     """The transformers tokenizer of a checkpoint, without trust_remote_code."""
     from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
-    folder = find_folder(name_or_path, weights=False)
-    home = folder
+    folder = home = find_folder(name_or_path, weights=False)
     if (folder / "adapter_config.json").exists():
         home = find_folder(adapter_base(folder), weights=False)
         folder = folder if (folder / "tokenizer_config.json").exists() else home
@@ -996,7 +980,7 @@ def chat_text(tokenizer, cfg, messages, reply):
         return text + " " if messages[-1]["role"] == "user" else text
     try:  # of several templates with names, transformers takes "default"
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply,
-                                             chat_template=None if own else ROLE_TEMPLATE)
+                                             chat_template=None if own else MOE_CHAT)
     except Exception as e:  # a template may raise what it likes
         raise ValueError(f"the chat template refuses these messages ({e!r:.200})") from None
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
