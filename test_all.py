@@ -3166,7 +3166,8 @@ def bench_from_disk(folder, family, device):
     timed("niah.py, memory off and on", niah.main)
 
 
-def bench_arguments(argv):
+def bench(argv):
+    """Prints one table, each row when it is known. What does not fit is not tried."""
     parser = argparse.ArgumentParser(prog="test_all.py --bench")
     parser.add_argument("--family", choices=["tiny", *REAL], default="tiny")
     parser.add_argument("--device", help="default: cuda, mps or cpu, whichever is there")
@@ -3176,18 +3177,12 @@ def bench_arguments(argv):
     args = parser.parse_args(argv)
     tiny = args.family == "tiny"
     cfg = BackboneConfig() if tiny else bb.config_from_json(REAL[args.family])
-    length = args.length or (64 if tiny else 1024)
+    rows, length = 16 if tiny else 1, args.length or (64 if tiny else 1024)
     if not 64 <= length <= cfg.max_len:
         raise ValueError(f"--length must lie between 64 and {cfg.max_len}, not {length}")
     if args.full_size and tiny:
         raise ValueError("--full-size needs a --family that has one: llada, dream, llada_moe")
-    return cfg, bb.default_device(args.device), length, args.full_size
-
-
-def bench(argv):
-    """Prints one table, each row when it is known. What does not fit is not tried."""
-    cfg, device, length, full_size = bench_arguments(argv)
-    rows = 16 if cfg.family == "tiny" else 1
+    device = bb.default_device(args.device)
     meta_cfg = metastate.for_backbone(cfg)
     # the framework itself takes about 1 GB
     memory = train.device_memory(device) - 1e9
@@ -3221,7 +3216,7 @@ def bench(argv):
         with torch.no_grad():
             bench_row(what, function, device, *(prompt if "writing" in what else [rows * length]))
     model.checkpointing = True
-    for method in [*STEPS] if cfg.family == "tiny" else estimates:
+    for method in STEPS if tiny else estimates:
         if method == "mdlm":
             meta = None
             model.add_lora(LORA, 2 * LORA)
@@ -3237,9 +3232,9 @@ def bench(argv):
             bench_loss(method, model, meta, batch).backward()
             optimizer.step()
         bench_row(f"training, {STEPS[method]}", step, device, rows * length, estimate)
-    if full_size:
+    if args.full_size:
         del model, function                             # a function holds a model
-        bench_from_disk(full_size, cfg.family, device)
+        bench_from_disk(args.full_size, args.family, device)
 
 
 def test_the_bench_command_measures_passes_steps_and_the_official_loops(capsys):
@@ -3337,10 +3332,6 @@ def saved_run(folder, values):
                                                for i, value in enumerate(values)])
 
 
-def width(line):
-    return float(re.search(r"± *([\d.]+)", line)[1])
-
-
 def test_a_table_takes_means_over_texts_and_seeds_and_names_a_bad_line(tmp_path):
     runs = {"old-seed0": [0, 1, 0], "old-seed1": [1, 1, 1], "new-seed0": [1, 0, 1],
             "new-seed1": [1, 1, 1], "plain": [1]}
@@ -3361,12 +3352,13 @@ def test_an_interval_covers_texts_and_training_seeds_and_is_never_zero(tmp_path)
              for seed, lost in enumerate([0, 0, 44])]
     files += [saved_run(tmp_path / f"old-seed{seed}", [1] * 100) for seed in range(3)]
     files += [saved_run(tmp_path / "one-seed0", [1, 0, 1, 1, 0, 1, 1, 1])]
-    new, old, one = table_over_seeds(files, "length").splitlines()[1:]
-    assert "85.3" in new and width(new) > 15
+    cells = re.findall(r"([\d.]+) ± *([\d.]+)", table_over_seeds(files, "length"))
+    (new, wide), (old, narrow), (_, one) = ((float(x), float(half)) for x, half in cells)
+    assert new == 85.3 and wide > 15
     # right on 100 texts is no proof for the next
-    assert "100.0" in old and width(old) == pytest.approx(1.8, abs=0.1)
+    assert old == 100 and narrow == pytest.approx(1.8, abs=0.1)
     # one seed: over texts alone
-    assert width(one) == pytest.approx(100 * 1.96 * (0.1875 / 8) ** 0.5, abs=4)
+    assert one == pytest.approx(100 * 1.96 * (0.1875 / 8) ** 0.5, abs=4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3798,13 +3790,11 @@ samples, no error bars; none of this was run here on the published weights), rec
 Differs: BABILong's two examples and instruction are the harness's; write them into `input`. The
 column is the longest sample of a file, in steps of 1,024. A sample beyond the model's limit is left
 out and counted.
-MetaState (frozen against MetaState on any exported benchmark, GSM8K for example) in two commands:
-  python train.py --method metastate --backbone GSAI-ML/LLaDA-8B-Instruct --data train.jsonl
-  python sample.py --checkpoint runs/metastate --arm frozen metastate --data gsm8k.jsonl \\
-    --out answers.jsonl --gen_length 256
-gsm8k.jsonl holds {"prompt": text} or {"messages": [...]} lines; all other entries are kept (a
-reference called "answer" is renamed first), answers.jsonl adds "arm", "answer" and the settings,
-for the benchmark's own scorer. A run that was stopped goes on after its last whole line.""")}
+MetaState (frozen against MetaState on any exported benchmark, GSM8K for example): the README's two
+commands, the second with --gen_length 256. gsm8k.jsonl holds {"prompt": text} or {"messages":
+[...]} lines; all other entries are kept (a reference called "answer" is renamed first),
+answers.jsonl adds "arm", "answer" and the settings, for the benchmark's own scorer. A run that was
+stopped goes on after its last whole line.""")}
 
 
 def tables(argv):
