@@ -4,13 +4,13 @@ Paper: MemDLM (arXiv 2603.22241), sections 3 and 4; the authors' code: github.co
 Idea: a diffusion LM is trained on single masked states but used on whole trajectories. So in each
 training step an inner loop fits fast weights on a noisier state, then on the state itself, and the
 outer loss trains the base with them in place. At inference the inner loop runs on the prompt.
-Equations: Eq. 6 -> inner_step; Eq. 7 -> adapt_to_response; Eq. 8 -> adapt_to_response;
-           Eq. 9 -> loss_memdlm; Eq. 10 -> inner_step
+Equations: Eq. 5 -> loss_memdlm; Eq. 6 -> inner_step; Eq. 7 -> adapt_to_response;
+           Eq. 8 -> adapt_to_response; Eq. 9 -> loss_memdlm; Eq. 10 -> inner_step
 Shapes: B batch, L tokens, D width, V vocabulary, r rank, N masked positions (row-major)
-The paper stands above the line of =. Where it is silent, or its code differs:
+The paper stands above the line of =, ours below: the closed book, what `train.py --method memdlm`
+trains on the tiny model. Where the paper is silent, or its code differs:
 - Whose phi? A sample's (first abstract), "a batch" (section 3), its 2 rows' (code). Here: a
-  sample's, so that batching never mixes samples.
-- phi_0 has B = 0; A comes from the seed and the row's own prompt, not from its place in the batch.
+  sample's. phi_0 has B = 0, and A from the seed and the row's own prompt.
 - Stage 1 targets all masked tokens (section 4.6, code; 0.684 on BABILong), not only those that the
   anchor reveals (x_t, as Eq. 7 is printed; 0.668).
 - Inner loss: a mean over masked tokens, times 1 / mask ratio on a response, 1 on a prompt (code).
@@ -19,10 +19,8 @@ The paper stands above the line of =. Where it is silent, or its code differs:
 - Pre-anchor count floor(s_pre k); the code's float32 loses one in a sixth of the cases (n 14, k 6).
 - A prompt's mask: exactly a fifth; code: each token with probability 0.2, LoRA's dropout active.
 Beware: the inner loop sees the labels that the loss scores: a low training loss proves nothing.
-Ours, below the line: the closed book, what `train.py --method memdlm` trains on the tiny model.
 """
 import zlib
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,8 +47,8 @@ class MemDLMConfig:
 
 
 def first_fast_layer(backbone, inner):
-    """Index of the first layer with fast weights. The layers below are the trunk: no phi, so their
-    output on a state is computed once. 32 layers -> 28, 3 layers -> 2."""
+    """Index of the first layer with fast weights, 28 of 32 or 2 of 3. The layers below are the
+    trunk: no phi, so their output on a state is computed once."""
     layers = backbone.cfg.n_layers
     return min(int(layers * (1 - inner.fraction)), layers - 1)
 
@@ -79,11 +77,12 @@ def init_phi(backbone, seeds, inner):
     return phi
 
 
-def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False, gamma=0.0):
+def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False,
+               token_weight=torch.ones_like):
     """phi_{k-1} -> phi_k: one SGD step of every row's phi on its own masked tokens.
 
     h (B, L, D): the trunk's output on the state; x0, masked (B, L); weight (B,). exact: keep the
-    graph for the outer loss. gamma: 0 is the paper; else ours, ClosedBook.surprise."""
+    graph for the outer loss. token_weight: cross-entropies (N,) -> (N,), here 1 for every token."""
     if not exact:
         # Eq. 10, first order: phi and the state are constants of the outer backward pass
         phi = {name: w.map(torch.Tensor.detach) for name, w in phi.items()}
@@ -94,11 +93,10 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False, ga
     with torch.enable_grad():
         h = backbone.run(h, ctx, first, phi=phi)
         ce = F.cross_entropy(backbone.head(h, ctx, masked).float(), x0[masked], reduction="none")
-        # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt)
+        # L_inner = weight / |masked| * sum over masked of -log p_{theta, phi}(x0_i | xt), of all
+        # rows in one sum: the phi of a row occurs in its own tokens alone
         weights = (weight / masked.sum(1).clamp(min=1))[masked.nonzero()[:, 0]]         # (N,)
-        weights = weights * (1 - (-ce.detach()).exp()) ** gamma
-        # one sum for all rows: phi of row b occurs in the tokens of row b alone
-        inner_loss = (weights * ce).sum()
+        inner_loss = (weights * token_weight(ce.detach()) * ce).sum()
         gradients = torch.autograd.grad(inner_loss, factors, create_graph=exact)
     stepped = []
     with torch.set_grad_enabled(exact):
@@ -108,8 +106,8 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False, ga
                 g = g * (inner.clip / (norm + 1e-6)).clamp(max=1)
             # Eq. 6: phi_k = phi_{k-1} - eta * grad_phi L_inner(theta, phi_{k-1})
             stepped.append(x - inner.inner_lr * g)
-    pairs = zip(phi, stepped[::2], stepped[1::2])
-    return {name: phi[name]._replace(A=A, B=B) for name, A, B in pairs}
+    return {name: phi[name]._replace(A=A, B=B)
+            for name, A, B in zip(phi, stepped[::2], stepped[1::2])}
 
 
 def nested_states(backbone, x0, masked, u, given, ctx, inner, exact=False):
@@ -125,7 +123,7 @@ def nested_states(backbone, x0, masked, u, given, ctx, inner, exact=False):
         xt = x0.masked_fill(masked, backbone.cfg.mask_id)
         return backbone.run(backbone.embed(xt), ctx, 0, first_fast_layer(backbone, inner))
     # the outer pass goes on from the anchor's trunk; first order, the other one needs no gradient
-    with nullcontext() if exact else torch.no_grad():
+    with torch.set_grad_enabled(exact):
         h_pre = trunk(masked_pre)
     return [(h_pre, masked_pre), (trunk(masked), masked)]
 
@@ -150,8 +148,7 @@ def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0, exact=Fa
 def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, seed=0, exact=False):
     """The bilevel loss of one batch (Eq. 5): min over theta of the masked loss given phi_2(theta).
 
-    x0, given, attend, u (B, L); t, weight (B,). exact: Eq. 5 as it stands; else Eq. 10, first
-    order. Passes: the trunk once on each of the two states, the few fast layers three times."""
+    x0, given, attend, u (B, L); t, weight (B,). exact: Eq. 5 as it stands; else by Eq. 10."""
     phi, h, ctx, masked = adapt_to_response(backbone, x0, given, attend, t, u, inner, seed, exact)
     h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
     # Eq. 9: L = weight * sum over masked of -log p_{theta, phi_2}(x0_i | xt) / n_maskable
@@ -161,8 +158,7 @@ def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, se
 def adapt_to_prompt(backbone, ids, attend, inner, seed=0, phi=None, exact=False):
     """The inner loop at inference: the same two steps on the prompt, weight 1. Returns phi_2.
 
-    ids, attend (B, L). All random numbers of a row come from the seed and its own tokens. phi: what
-    to start from, by default the row's phi_0."""
+    ids, attend (B, L). phi: phi_0, by default random, from the seed and each row's own tokens."""
     prompt = attend & (ids != backbone.cfg.mask_id)
     seeds = row_seeds(ids, prompt, seed)
     u = torch.full(ids.shape, 2.0, device=ids.device)                                   # (B, L)
@@ -178,20 +174,33 @@ def adapt_to_prompt(backbone, ids, attend, inner, seed=0, phi=None, exact=False)
     return phi
 
 
-def prompt_memory(inner, seed=0):
+def prompt_memory(inner, seed=0, adapt=adapt_to_prompt):
     """The `memory` argument of sample.generate: adapt to the prompt once, keep phi."""
     def memory(backbone, xt, attend, start):
         ids = xt[:, :start]
         real = torch.ones_like(ids).bool() if attend is None else attend[:, :start]
-        phi = at_inference(inner)(backbone, ids, real, inner, seed)  # adapt_to_prompt
-        return fixed_memory(phi)(backbone, xt, attend, start)
+        phi = adapt(backbone, ids, real, inner, seed)
+
+        def predict(xt, t, state, at):
+            # the state is phi, or None for guidance's copy without a prompt
+            return backbone(xt, attend, at, state), state                               # (N, V)
+        return predict, phi
     return memory
 
 
 # ==================================================================================================
 # Ours: the closed book. The inner loop writes a text, the outer pass hides it and sees the question
-# alone, so whatever is recalled was in the weights. Every token of the text is a target once, a
-# long text is written in chunks, and what phi predicts already is hardly written.
+# alone, so whatever is recalled was in the weights. It differs from the paper, above, in
+# - what is written: a text that is never scored, so that no label leaks;
+# - the states: `masks` complementary ones, in which each token is masked once, instead of two
+#   nested ones; a long text goes in chunk after chunk;
+# - the step: a sum over tokens instead of a mean, eta 0.125, no clipping; at inference a token that
+#   phi predicts already is hardly written (surprise);
+# - the outer gradient: exact after 60 % of the steps, back through the last `window` chunks;
+# - training (train.py): four questions share a text's phi, all texts of a step one A; a quarter of
+#   the batches is plain MDLM; three quarters of the other rows have t = 1; texts grow from the bare
+#   facts to four times the usual length;
+# - the tiny model (backbone.py): its fast layers see a token's neighbours through a convolution.
 # ==================================================================================================
 
 @dataclass
@@ -208,8 +217,7 @@ class ClosedBook(MemDLMConfig):
 
 
 def for_backbone(config, inner_on=None):
-    """The inner loop's settings for a backbone: the closed book on the tiny one, else the
-    paper's."""
+    """The inner loop's settings: the closed book on the tiny backbone, the paper's on others."""
     if inner_on is None:
         inner_on = "closed_book" if config.family == "tiny" else "response"
     if inner_on == "closed_book":
@@ -220,32 +228,41 @@ def for_backbone(config, inner_on=None):
 def at_inference(inner):
     """How a prompt is written once training is over: adapt_to_prompt, or write_text."""
     if isinstance(inner, ClosedBook):
-        return partial(write_text, gamma=inner.surprise)
+        return partial(write_text, token_weight=partial(surprise, gamma=inner.surprise))
     return adapt_to_prompt
 
 
-def write_text(backbone, ids, attend, book, seed=0, phi=None, exact=False, gamma=0.0,
-               targets=None):
+def memory_of(inner):
+    """prompt_memory, the prompt being written as these settings say."""
+    return prompt_memory(inner, adapt=at_inference(inner))
+
+
+def surprise(ce, gamma):
+    """Cross-entropies (N,) -> (1 - p)^gamma, p = exp(-ce)."""
+    return (1 - (-ce).exp()) ** gamma
+
+
+def write_text(backbone, ids, attend, book, seed=0, phi=None, exact=False,
+               token_weight=torch.ones_like, targets=None):
     """Write a text into fast weights; the arguments are those of adapt_to_prompt. Chunks are
     counted from the right end: the phi of a row is the same alone and in any batch padded on the
     left. targets (B, L) bool: the tokens to learn, by default all."""
-    targets = (attend if targets is None else targets) & attend & (ids != backbone.cfg.mask_id)
-    phi = phi or init_phi(backbone, row_seeds(ids, targets, seed), book)
+    own = attend & (ids != backbone.cfg.mask_id)
+    phi = phi or init_phi(backbone, row_seeds(ids, own, seed), book)
+    targets = own if targets is None else own & targets
     L = ids.shape[1]
     size = book.chunk or L
     for stop in reversed(range(L, 0, -size)):
         columns = (x[:, max(0, stop - size):stop] for x in (ids, attend, targets))
-        # truncated back-propagation: what earlier chunks wrote is a constant. Through all 64 steps
-        # of 1,024 tokens training diverged
+        # truncated back-propagation: what earlier chunks wrote is a constant
         near = not book.window or L - stop < book.window * size
-        phi = write_chunk(backbone, phi, *columns, book, exact and near, gamma)
+        phi = write_chunk(backbone, phi, *columns, book, exact and near, token_weight)
     return phi
 
 
-def write_chunk(backbone, phi, ids, attend, targets, book, exact, gamma):
+def write_chunk(backbone, phi, ids, attend, targets, book, exact, token_weight):
     """One inner step on each of the complementary masks of a chunk; ids, attend, targets (B, l)."""
-    # a token's nearest neighbours are in view when it is masked. With random masks a fifth of the
-    # values would be masked together with their keys, and never bound to them
+    # every n-th token: a value is never masked together with the key beside it
     number = targets.long().cumsum(1)                                                   # (B, l)
     masks = [targets & (number % book.masks == k) for k in range(book.masks)]
     xt = torch.cat([ids.masked_fill(m, backbone.cfg.mask_id) for m in masks])
@@ -257,7 +274,7 @@ def write_chunk(backbone, phi, ids, attend, targets, book, exact, gamma):
     for h, masked in zip(h.chunk(len(masks)), masks):
         # a sum over tokens, not a mean: a fact is written as strongly in a long text as in a short
         weight = masked.sum(1).float()
-        phi = inner_step(backbone, phi, h, ctx, ids, masked, weight, book, exact, gamma)
+        phi = inner_step(backbone, phi, h, ctx, ids, masked, weight, book, exact, token_weight)
     return phi
 
 
@@ -274,11 +291,11 @@ def loss_closed_book(backbone, x0, text, given, attend, t, u, weight, n_maskable
         shared = inner.questions if closed else 1
         end = int(text.any(0).nonzero().max()) + 1
         ids, own = x0[::shared, :end], text[::shared, :end]
-        # one A a step, from its seed: with one for each row the loss fell more slowly
+        # one A a step, from its seed: training is faster than with one for each row
         phi_0 = init_phi(backbone, [seed] * len(ids), inner)
         # attend = own: a longer question begins left of `end`, and must stay unread
-        phi = (write_text if closed else adapt_to_prompt)(backbone, ids, own, inner, seed, phi_0,
-                                                          exact)
+        write = write_text if closed else adapt_to_prompt
+        phi = write(backbone, ids, own, inner, seed, phi_0, exact)
         phi = {name: w.map(lambda x: x.repeat_interleave(shared, 0)) for name, w in phi.items()}
         # columns that no row sees can go: positions count from the first visible token
         seen = slice(int(attend.any(0).float().argmax()), None)
@@ -290,9 +307,4 @@ def loss_closed_book(backbone, x0, text, given, attend, t, u, weight, n_maskable
 def fixed_memory(phi):
     """The `memory` argument of sample.generate for a phi that is ready. If the prompt is the
     question alone, this is the closed book."""
-    def memory(backbone, xt, attend, start):
-        def predict(xt, t, state, at):
-            # the state is phi, or None for guidance's copy without a prompt
-            return backbone(xt, attend, at, state), state                               # (N, V)
-        return predict, phi
-    return memory
+    return prompt_memory(None, adapt=lambda *_: phi)

@@ -5,37 +5,32 @@ Paper: MetaState (arXiv 2603.01331). Its two abstracts were read, its body and c
 What is known of them second-hand comes from a later paper ("On Trajectory-Aware Training for Masked
 Diffusion LMs", 2026, appendices F and G) and a design note of another memory. Check the PDF.
 Idea: between two denoising steps a diffusion LM keeps only the committed tokens; whatever else it
-had worked out is computed again (the "Information Island"). MetaState lets every step read what the
-last one wrote: the Injector adds the slots to the activations, the backbone runs, the Mixer reads
-the activations, the Updater merges what was read into the slots. On the tiny model this is one hop
-of reasoning more with every step (task `resolve`; README).
+had worked out is computed again (the "Information Island"). MetaState carries it over in slots: the
+Injector writes them into the activations, the backbone runs, the Mixer reads the activations, the
+Updater merges what was read into the slots. On the tiny model this is one hop of reasoning more
+with every step (task `resolve`; README).
 Equations: s_k = Updater(Mixer(h_k, s_{k-1}), s_{k-1}) -> step; the unrolled loss -> loss_unrolled
 Shapes: B batch, L tokens, D backbone width, M slots, S slot width (d_s), C conditioner width,
         N chosen positions, H heads, K denoising steps
-Published (abstracts):
-- a frozen backbone; slots of a fixed size, whatever the length; Mixer, GRU-style Updater, Injector
-  and what each does; a time conditioner shared by all; K-step unrolling; 0.6 % more parameters.
-Second-hand:
-- K = 4, the loss, K steps that partition the trajectory, random reveals: loss_unrolled,
-  draw_reveals;
-- slots with learned identities, AdaRMSNorm from the one time conditioner, queries of
-  the tokens that know their position; detaching the slots between steps hurts (control `Detached`).
+Published (abstracts): a frozen backbone; slots of a fixed size, whatever the length; Mixer,
+GRU-style Updater, Injector and what each does; one time conditioner for all; K-step unrolling;
+0.6 % more parameters.
+Second-hand: K = 4; the loss; K steps that partition the trajectory; random reveals; slots with
+learned identities; AdaRMSNorm from the time conditioner; queries of the tokens that know their
+position; detaching the slots between steps hurts (control `Detached`).
 Ours:
 - Order in a step: inject s_{k-1}, run the backbone, read, update; s_0 is learned.
 - Size: 0.66 % of LLaDA-8B's parameters, 0.64 % of Dream-7B's, 64 % of the tiny backbone's.
-- Places: inject before `inject_layers` (real models: the middle one), read after `read_layer`, the
-  last. Later, too few layers are left to use what comes in.
-- The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone,
-  bit for bit.
+- Places: inject before `inject_layers` (real models: the middle one), read after the last layer.
+- The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone.
 - Positions: a sinusoidal code of the offset from the start of the answer, on the Mixer's keys and
   the Injector's queries; each slot has a learned place to read at and one to write at. At the
   embedding all masks look the same, so without it nothing is learned; with it, slots reach hardly
   farther than the texts they were trained on.
 - Time: t is the actual mask ratio of the answer.
 - lambda = 0.5, the concentration of the Dirichlet; on the tiny model K = 5, for questions of four
-  hops, and a curriculum (draw_reveals; chosen by the training loss of seed 0), without which one
-  seed of three learns nothing.
-Controls: subclasses at the end of the file.
+  hops, and a curriculum, without which it does not always learn to use the slots.
+Controls: subclasses behind the loss.
 Run: python train.py --method metastate
 """
 import dataclasses
@@ -109,8 +104,7 @@ def for_backbone(config):
                            inject_layers=(config.n_layers // 2,))
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. The modules.
+# 1. The modules -----------------------------------------------------------------------------------
 
 def sinusoid(x, dim, longest):
     """x (...) real numbers -> (..., dim): pairs of sine and cosine with wavelengths from 4 to
@@ -221,7 +215,7 @@ class Updater(nn.Module):
 
 
 class Injector(nn.Module):
-    """Writes back: activations are the queries, slots the keys and values; the result is added."""
+    """Writes: activations are the queries, slots the keys and values; the result is added."""
     def __init__(self, D, settings):
         super().__init__()
         S = settings.slot_dim
@@ -242,8 +236,7 @@ class Injector(nn.Module):
         return self.o(written)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. One denoising step with memory.
+# 2. One denoising step with memory ----------------------------------------------------------------
 
 class MetaState(nn.Module):
     """The trainable part, fp32 whatever the backbone's dtype. It holds parameters only: slots go in
@@ -268,9 +261,9 @@ class MetaState(nn.Module):
         self.injectors = nn.ModuleList(Injector(D, settings) for _ in self.inject_layers)
 
     def place_code(self, offset):
-        """The place `offset` tokens from the start of the answer, the same code for each head:
-        (...) -> (..., S), in units of span / M, about the distance between two slots' places. The
-        factor 3 lets a slot start out looking at about one place."""
+        """The place `offset` tokens from the start of the answer, (...) -> (..., S), the same for
+        each head, in units of the distance between two slots' places at the start. The factor 3
+        lets a slot look at about one place."""
         heads = self.settings.slot_heads
         unit = self.settings.span / self.settings.num_slots
         code = sinusoid(offset / unit, self.settings.slot_dim // heads, longest=64)
@@ -282,23 +275,25 @@ class MetaState(nn.Module):
         xt (B, L); t (B,) actual mask ratio; slots (B, M, S), None for s_0; at (B, L) where logits
         are wanted; start: index of the first answer token; phi: MemDLM's fast weights, to use both
         memories. Returns logits (N, V), slots (B, M, S), the Mixer's weights (B, H, M, L)."""
+        # 1. Time, places, the slots of the last step
         c = self.time(t)
         offset = torch.arange(xt.shape[1], device=xt.device)[None] - start
         place = self.place_code(offset)                                     # (1, L, S)
         slots = self.carry(slots, len(xt))
+        # 2. The layers below the first injection: they do not depend on the slots, no gradient
         done = self.inject_layers[0]
-        # below the first injection nothing depends on the slots: no gradient needed
         with torch.no_grad():
             h = backbone.run(backbone.embed(xt), ctx, 0, done, phi)
+        # 3. Inject and read where it is due. Gradients pass through the frozen layers in between
         injectors = dict(zip(self.inject_layers, self.injectors))
         for stop in sorted({*injectors, self.read_layer + 1}):
-            # frozen layers: gradients pass through to the Injector, their weights get none
             h = backbone.run(h, ctx, done, stop, phi)
             if stop in injectors:
                 h = self.inject(injectors[stop], h, slots, c, place, ctx.attend)
             if stop == self.read_layer + 1:
                 new_slots, weights = self.read(h, slots, c, place, ctx.attend)
             done = stop
+        # 4. The remaining layers and the logits
         h = backbone.run(h, ctx, done, phi=phi)
         return backbone.head(h, ctx, at), new_slots, weights
 
@@ -316,12 +311,10 @@ class MetaState(nn.Module):
 
     def memory(self, under=None):
         """The `memory` argument of sample.generate. Slots start at s_0 and run on through all
-        blocks. Guidance's copy without a prompt is called with state None: it starts from s_0 at
-        every step and never carries the prompt's slots.
+        blocks; guidance's copy without a prompt, called with state None, starts at every step.
 
-        under: a memory whose state is phi (memdlm.prompt_memory), for both memories at once. The
-        state is (slots, phi, weights); weights (B, H, M, L) is what the Mixer looked at, for
-        display."""
+        under: a memory whose state is phi (memdlm.memory_of), for both at once. The state:
+        (slots, phi, weights); weights (B, H, M, L) is what the Mixer looked at, for display."""
         def memory(backbone, xt, attend, start):
             phi = under(backbone, xt, attend, start)[1] if under else None
 
@@ -334,34 +327,34 @@ class MetaState(nn.Module):
         return memory
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. K-step unrolling.
+# 3. K-step unrolling ------------------------------------------------------------------------------
 
 def draw_reveals(n, settings, progress, seed):
-    """n_1 .. n_K: how many of its n masked tokens a row reveals at each step. n (B,) -> (B, K);
-    every row sums to its n. progress: share of the training that is done, in [0, 1).
-
-    Published: Dirichlet-multinomial counts. Ours: the Dirichlet's concentration, and a curriculum.
-    First all tokens are revealed in one step, at the beginning the second, later any up to the
-    last: every pass before it sees an unchanged canvas, so that only memory can help."""
+    """n_1 .. n_K: how many of its masked tokens a row reveals at each step, Dirichlet-multinomial.
+    n (B,) -> (B, K); every row sums to its n. progress: see curriculum_step."""
     rng = np.random.default_rng(seed)
     K = settings.unroll
     share = rng.dirichlet([settings.concentration] * K, len(n))                         # (B, K)
     if progress < settings.curriculum and K > 1:
-        last = 1 + int(progress / settings.curriculum * (K - 1))
-        share[:] = np.eye(K)[rng.integers(1, last + 1)]
+        share[:] = np.eye(K)[curriculum_step(settings, progress, rng)]
     return torch.from_numpy(rng.multinomial(n.numpy(), share))
+
+
+def curriculum_step(settings, progress, rng):
+    """Ours: at first all tokens are revealed in one step, in the beginning the second, later any up
+    to the last. Every pass before it sees an unchanged canvas, so that only memory can help.
+    progress: share of the training that is done, in [0, 1)."""
+    last = 1 + int(progress / settings.curriculum * (settings.unroll - 1))
+    return rng.integers(1, last + 1)
 
 
 def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
     """The K-step unrolled loss: K steps that partition the trajectory from all masked to nothing
-    masked. Published form; lambda is `balance`.
+    masked. Gradients reach the modules through the slots of all K steps. lambda is `balance`.
 
-    x0, given, attend (B, L); u (B, L) random: tokens are revealed in the order of u, with their
-    true values; reveals (B, K): draw_reveals; n_rows: of the whole batch, all micro-batches and
-    ranks. Answers stand at the end of the rows.
-    Gradients reach the modules through all K steps: through the slots, and through the frozen
-    layers above the injection."""
+    x0, given, attend (B, L), answers at the end of the rows; u (B, L) random: tokens are revealed
+    in the order of u, with their true values; reveals (B, K): draw_reveals; n_rows: of the whole
+    batch, all micro-batches and ranks."""
     balance = model.settings.balance
     ctx = backbone.context(x0, attend)
     start = answer_start(given)
@@ -391,8 +384,7 @@ def loss_unrolled(model, backbone, x0, given, attend, u, reveals, n_rows):
     return loss
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Controls: what is taken away, or given without limit.
+# 4. Controls: what is taken away, or given without limit ------------------------------------------
 
 class Wiped(MetaState):
     """No persistence: a trained MetaState whose slots are put back to s_0 at every step."""
@@ -401,7 +393,7 @@ class Wiped(MetaState):
 
 
 def wiped(meta, backbone_cfg):
-    """The memory of a trained MetaState with its weights, and nothing that crosses a step."""
+    """The memory of a trained MetaState, but nothing crosses a step."""
     control = Wiped(backbone_cfg, meta.settings).to(meta.s0.device)
     control.load_state_dict(meta.state_dict())
     return control.memory()
@@ -483,12 +475,11 @@ def build(backbone_config, settings):
     return KINDS[settings.memory](backbone_config, settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Checkpoints.
+# 5. Checkpoints -----------------------------------------------------------------------------------
 
 def save(model, folder, backbone_name, print_of_backbone, chat=None):
-    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name) and
-    holds its fingerprint, and whether prompts go through its chat template (None: as it says)."""
+    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name), its
+    fingerprint, and whether prompts go through its chat template (None: as it says)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")
@@ -498,8 +489,8 @@ def save(model, folder, backbone_name, print_of_backbone, chat=None):
 
 
 def load(folder, device=None, dtype=None, chat=None):
-    """Returns the model, its backbone, and the backbone's name. ValueError if the backbone is not
-    the one it was trained on, or if the files do not fit each other."""
+    """Returns the model, its backbone, and the backbone's name. ValueError if it was trained on
+    another backbone, or if the files do not fit each other."""
     folder = Path(folder)
     where = folder / "metastate.json"
     entries = read_json(where)
@@ -511,11 +502,9 @@ def load(folder, device=None, dtype=None, chat=None):
     try:
         backbone = load_backbone(name, device, dtype, chat).requires_grad_(False)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e} (the backbone named in {where}; a relative path counts from "
-                                f"the current folder)") from None
+        raise FileNotFoundError(f"{e} (named in {where}, from the current folder)") from None
     if fingerprint(backbone) != entries["fingerprint"]:
-        raise ValueError(f"{folder} was trained on another backbone (or in another dtype) than the "
-                         f"one now at {name}")
+        raise ValueError(f"{folder} was trained on another backbone or dtype than that at {name}")
     settings = config_from_dict(MetaStateConfig, entries["config"], where)
     model = build(backbone.cfg, settings)
     parameters = dict(model.named_parameters())

@@ -300,13 +300,13 @@ def load_arms(checkpoint, device=None, dtype=None, chat=None):
     path = Path(checkpoint)
     if not (path / "metastate.json").exists():
         backbone = load_backbone(checkpoint, device, dtype, chat)
-        arms = {"off": no_memory, "on": memdlm.prompt_memory(inner_loop_settings(path))}
+        arms = {"off": no_memory, "on": memdlm.memory_of(inner_loop_settings(path))}
         return backbone, load_tokenizer(checkpoint), arms
     meta, backbone, base = metastate.load(path, device, dtype, chat)
     arms = {"frozen": no_memory, metastate.ARMS[meta.settings.memory]: meta.memory()}
     if meta.settings.memory == "slots":
         arms["wiped"] = metastate.wiped(meta, backbone.cfg)
-        arms["both"] = meta.memory(under=memdlm.prompt_memory(inner_loop_settings(base)))
+        arms["both"] = meta.memory(under=memdlm.memory_of(inner_loop_settings(base)))
     return backbone, load_tokenizer(base), arms
 
 

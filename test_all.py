@@ -497,8 +497,9 @@ def test_surprise_scales_a_tokens_gradient_by_one_minus_its_probability_not_in_t
     ids = torch.arange(3, 8)[None]
     masked = ids == 5
     inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
-    plain, scaled = (memdlm.write_text(model, ids, ids > 0, inner, targets=masked, gamma=gamma)
-                     for gamma in (0.0, 2.0))
+    weights = torch.ones_like, functools.partial(memdlm.surprise, gamma=2.0)
+    plain, scaled = (memdlm.write_text(model, ids, ids > 0, inner, targets=masked, token_weight=w)
+                     for w in weights)
     p = model(ids.masked_fill(masked, 1), at=masked).softmax(-1)[0, 5]
     for name, w in plain.items():
         torch.testing.assert_close(scaled[name].B, w.B * (1 - p) ** 2)
@@ -1772,7 +1773,7 @@ def test_the_arms_of_the_closed_book_are_what_they_are_called(tiny):
         one = niah.phi_of_arm(*tiny, [s], "written", inner)
         ids = torch.tensor([tokenizer.encode(s.question)])
         every = torch.ones_like(ids, dtype=torch.bool)
-        one = memdlm.write_chunk(model, one, ids, every, every, inner, False, 0.0)
+        one = memdlm.write_chunk(model, one, ids, every, every, inner, False, torch.ones_like)
         for name, w in one.items():
             torch.testing.assert_close(phi[name].B[row], w.B[0], rtol=1e-3, atol=1e-4)
 
@@ -1973,7 +1974,7 @@ def spied(monkeypatch, owner, name):
 
     def spy(*inputs, **more):
         result = function(*inputs, **more)
-        calls.append((inputs, result))
+        calls.append(((*inputs, *more.values()), result))
         return result
     monkeypatch.setattr(owner, name, spy)
     return calls
@@ -3881,7 +3882,8 @@ VARIANTS = {
     "A2: paper_sample": dict(first_order=dict(row=0), short=dict(row=2),
                              clipped=dict(row=1, clip=0.05), exact=dict(row=0, exact=True)),
     "A3: inner_step": dict(
-        plain=dict(clip=0.0), clipped=dict(clip=0.05), partly_clipped={}, gamma=dict(gamma=2.0),
+        plain=dict(clip=0.0), clipped=dict(clip=0.05), partly_clipped={},
+        surprise=dict(token_weight=functools.partial(memdlm.surprise, gamma=2.0)),
         exact=dict(exact=True, fraction=0.7), experts=dict(base=MIXTURE)),
     "A3: adapt_to_response": dict(first_order={}, exact=dict(exact=True),
                                   no_masks=dict(t=torch.tensor([0.0, 0.72, 0.875]))),
@@ -3938,8 +3940,8 @@ def world(seed, trained, row=None, base={}, dtype=torch.float32, **options):
         backbone=backbone, model=meta, meta=meta, inner=inner, ctx=backbone.context(x0, attend),
         x0=x0, given=given, attend=attend, visible=attend, t=t, u=u, masked=masked, at=at, phi=phi,
         ids=x0.index_fill(1, torch.arange(6, 9), 1), xt=x0.masked_fill(at, 1), mask_id=1,
-        generator=torch.Generator().manual_seed(seed + 1), seed=seed + 3, exact=False, gamma=0.0,
-        weight=torch.tensor([0.5, 1.0, 3.0]), n_maskable=23, n_rows=3, start=7,
+        generator=torch.Generator().manual_seed(seed + 1), seed=seed + 3, exact=False,
+        token_weight=torch.ones_like, weight=torch.tensor([0.5, 1.0, 3.0]), n_maskable=23, n_rows=3, start=7,
         n=torch.tensor([32, 0, 7, 12, 30 + seed % 10]),
         reveals=torch.tensor([[1, 2, 5, 0], [0, 4, 3, 0], [4, 0, 0, 0]]))
     if row is not None:
@@ -4107,8 +4109,7 @@ Measure: by how many nats do the two inner steps lower the outer loss of a maske
 ## A3: MemDLM in a batch (8 h)
 Read: MemDLM, sections 3.1 and 4.4. Write: {A3}. As A2, for all rows at once. `given` may include
 padding, so a row's prompt is `given & attend`; its `row_seeds` give phi_0. clip 0 clips nothing.
-With gamma a token's loss is weighted with (1 - p)^gamma, p its probability before the step, a
-constant. For an exact gradient the context of `inner_step` needs `twice`. The weight of a state is
+A token's cross-entropy is multiplied by token_weight, a function of all of them, as a constant. For an exact gradient the context of `inner_step` needs `twice`. The weight of a state is
 1 / (its masked share of what is not given). `adapt_to_prompt`: the prompt is what is attended and
 no [MASK] (no target); from its `row_seeds` come phi_0 and, with a generator seeded one higher,
 `torch.rand` for u on the prompt, elsewhere u is larger than 1. The anchor masks round(prompt_ratio
@@ -4397,8 +4398,8 @@ paper_sample: inner.alpha / inner.rank * B >> inner.alpha * B ;; if not given[i]
 inner_step: masked.sum(1).clamp >> masked.sum().clamp ;; .clamp(max=1) >> ;; inner.clip: >> True:
     g.flatten(1).norm(dim=1)[:, None, None] >> g.norm() ;; create_graph=exact >> create_graph=False
     g.flatten(1) >> torch.cat([x.flatten(1) for x in gradients], 1) ;; A=A, B=B) >> B=B)
-    x - inner.inner_lr >> x + inner.inner_lr ;; -ce.detach() >> -ce
-    weights * (1 - (-ce.detach()).exp()) ** gamma >> weights
+    x - inner.inner_lr >> x + inner.inner_lr ;; ce.detach() >> ce
+    weights * token_weight(ce.detach()) >> weights
 adapt_to_response: m.sum(1).clamp(min=1) for >> (~given).sum(1) for ;; w_pre, w = >> w, w_pre =
     x0, masked_pre, >> x0, masked, ;; masked, w, inner, exact) >> masked, w, inner)
     attend, seed) >> attend, 0) ;; given & attend, >> given, ;; return phi, h, >> return phi, h_pre,
@@ -4430,7 +4431,7 @@ corrupt: x0.masked_fill(masked, mask_id) >> torch.where(masked, mask_id, x0)
 masked_loss: weight.to(ce)[masked.nonzero()[:, 0]] >> weight.repeat_interleave(masked.sum(1))
 split_evenly: n[:, None] // steps >> (n - n % steps)[:, None] // steps
 paper_sample: inner_lr * c * g >> inner_lr * g * c ;; order[:k] >> [i for i in order if u[i] < t]
-inner_step: (weights * ce).sum() >> weights @ ce ;; h = h.detach() >> pass
+inner_step: * ce).sum() >> ) @ ce ;; h = h.detach() >> pass
     .clamp(min=1))[masked >> )[masked ;; head(h, ctx, masked) >> head(h, ctx)[masked]
 adapt_to_response: corrupt(x0, t, given, backbone.cfg.mask_id, u) >> 0, (u < t[:, None]) & ~given
 loss_memdlm: head(h, ctx, masked) >> forward(x0.masked_fill(masked, 1), attend, masked, phi)

@@ -3,7 +3,12 @@
 Papers: MDLM / LLaDA (the plain loss), MemDLM (arXiv 2603.22241, bilevel loss), MetaState
 (2603.01331, K-step unrolling).
 Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm,
-train_memdlm, train_metastate. Read those first; the rest is plumbing.
+train_memdlm, train_metastate. Read those first; the rest is plumbing:
+  main -> plan: flags and config.json -> settings
+       -> Run.load: backbone, data, memory, optimizer
+       -> train: the loop of the method. A step: Run.steps (log, checkpoint) -> Run.batch
+          (chosen -> collate) -> Run.micro_batches -> a loss -> Run.sum_over_ranks -> AdamW
+       -> report: held-out loss and recall, memory off and on
 Shapes: B rows of the whole batch (all micro-batches, all ranks), L tokens
 Read as: every random number of a step comes from (seed, step), never from a running state. So a
 resumed run is bit for bit the run that was not killed, and any split of a batch over micro-batches
@@ -72,8 +77,8 @@ class TrainConfig:
                                 "keep predictable words out of phi", low=0, high=1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     length: int = option(64, "niah: longest training text, in tokens (closed book: a quarter)", 0)
-    chat: bool = option(None, "prompts go through the chat template (default: if messages do, or "
-                        "if the backbone's name or files say so)")
+    chat: bool = option(None, "prompts go through the chat template (default: as the data or the "
+                        "backbone say)")
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
     lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights are trained", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
@@ -92,10 +97,9 @@ class TrainConfig:
         return self.init or self.backbone
 
 
-# What None stands for, by what is trained. The tiny rates and steps are ours, chosen so that three
-# seeds learn all tasks; fine-tuning takes MemDLM's 2e-5, since a larger one forgets some of them.
-# "published" is MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts
-# for what the section leaves open (betas, decay, dropout, weight of the loss).
+# What None stands for, by what is trained. The tiny rates and steps are ours. "published" is
+# MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts for what it
+# leaves open (betas, decay, dropout, weight of the loss).
 TINY = dict(warmup=0.03, beta2=0.98, weight_decay=0.01, loss_weight="uniform", lora=0,
             lora_dropout=0.0, tasks=list(niah.TASKS))
 # half of MetaState's rows need memory (resolve), the other half keeps what the model can do
@@ -112,7 +116,7 @@ DEFAULTS = {
 
 
 class Batch(NamedTuple):
-    """Rows of data with their noise: prompts, padded on the left, and the answers at the end."""
+    """Rows of data with their noise: prompts, padded on the left, then answers."""
     x0: torch.Tensor            # (B, L) clean tokens
     given: torch.Tensor         # (B, L) bool, prompt or padding: never masked, no loss
     attend: torch.Tensor        # (B, L) bool, False = padding, or hidden (the closed book)
@@ -121,8 +125,7 @@ class Batch(NamedTuple):
     text: torch.Tensor          # (B, L) bool, what MemDLM's inner loop writes, unless a response
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. The three methods.
+# 1. The three methods -----------------------------------------------------------------------------
 
 def train_mdlm(run):
     """Masked diffusion: one random state per row."""
@@ -156,16 +159,19 @@ def train_memdlm(run):
         loss_sum = 0.0
         run.optimizer.zero_grad()
         for rows in run.micro_batches(batch):
-            # 2.-4. States of the text, inner loop on phi, outer loss on theta
-            rest = (rows.given, rows.attend, rows.t, rows.u, run.weight(rows.t), n_maskable,
-                    run.inner, run.step_seed(step), step >= run.exact_step)
+            options = dict(weight=run.weight(rows.t), n_maskable=n_maskable, inner=run.inner,
+                           seed=run.step_seed(step), exact=step >= run.exact_step)
             if run.inner.inner_on == "response":
-                loss = memdlm.loss_memdlm(run.backbone, rows.x0, *rest)
+                # 2. As published (Eq. 5-10): the inner loop writes the response into phi
+                loss = memdlm.loss_memdlm(run.backbone, rows.x0, rows.given, rows.attend,
+                                          rows.t, rows.u, **options)
             else:
-                loss = memdlm.loss_closed_book(run.backbone, rows.x0, rows.text, *rest)
+                # 2. Ours: it writes a text
+                loss = memdlm.loss_closed_book(run.backbone, rows.x0, rows.text, rows.given,
+                                               rows.attend, rows.t, rows.u, **options)
             loss.backward()
             loss_sum += loss.item()
-        # 5. Update theta; phi is thrown away
+        # 3. Update theta; phi is thrown away
         run.loss = run.sum_over_ranks(loss_sum)
         run.grad_norm = clip_grad_norm_(run.trained, 1.0)
         run.optimizer.step()
@@ -173,8 +179,7 @@ def train_memdlm(run):
 
 
 def train_metastate(run):
-    """K-step unrolling: K denoising steps in one graph, slots carried along; the backbone is
-    frozen."""
+    """K-step unrolling: K denoising steps in one graph, slots carried along, backbone frozen."""
     for step in run.steps():
         # 1. A batch, and how many tokens each of its rows reveals at each of the K steps
         batch, _ = run.batch(step)
@@ -207,8 +212,7 @@ ARMS = {"off": "no memory", "on": "phi, adapted to the prompt by the inner loop"
         "wiped": "control: the same weights, slots put back at every step"}
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Data.
+# 2. Data ------------------------------------------------------------------------------------------
 
 class Example(NamedTuple):
     """Ids of one example. Only the closed book has a text, which is written into phi and hidden;
@@ -242,26 +246,24 @@ def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
         if isinstance(raw, dict):
             raw = {key: value for key, value in raw.items() if value is not None}
         if not is_example(raw):
-            raise ValueError("expected {\"prompt\": text, \"response\": text}, or "
-                             "{\"messages\": [...]} with at least two {\"role\", \"content\"}, of "
-                             "which the last message is the assistant's, and nothing that would be "
-                             f"dropped ({', '.join(DROPPED)})")
+            raise ValueError("expected {\"prompt\": text, \"response\": text}, or {\"messages\": "
+                             "[at least two {\"role\", \"content\"}]}; the last message is the "
+                             f"assistant's, and nothing to be dropped ({', '.join(DROPPED)})")
         # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
         if size <= 100 * max_len:
             example = encode_example(raw, tokenizer, model_cfg, closed)
             return example if sum(map(len, example)) <= max_len else None
-    read_all = read_lines(path, read)
-    examples = [example for example in read_all if example]
-    if len(examples) < len(read_all):
-        print(f"{path}: left out {len(read_all) - len(examples)} examples longer than --max_len "
-              f"{max_len}")
-    if len(examples) < 2:
-        raise ValueError(f"{path}: {len(examples)} usable examples; at least 2 are needed (one is "
-                         f"held out)")
-    return examples
+    examples = read_lines(path, read)
+    fit = [example for example in examples if example]
+    if len(fit) < len(examples):
+        print(f"{path}: left out {len(examples) - len(fit)} examples longer than {max_len} tokens")
+    if len(fit) < 2:
+        raise ValueError(f"{path}: {len(fit)} usable examples, at least 2 are needed (one is held "
+                         f"out)")
+    return fit
 
 
-# of other formats: they say something that would be dropped here
+# entries of other formats, which would be lost here
 DROPPED = ("tool_calls", "function_call", "tools", "reasoning_content", "weight", "train")
 
 
@@ -295,9 +297,8 @@ def collate(examples, model_cfg, width, generator):
     `width` tokens. End-of-text is maskable and learned, as in LLaDA's SFT."""
     prompts, attend = left_pad([e.text + e.prompt for e in examples], model_cfg.pad_id, "cpu")
     width = max(width, *(len(e.response) for e in examples))
-    responses = torch.full((len(examples), width), model_cfg.eos_id)
-    for row, e in zip(responses, examples):
-        row[:len(e.response)] = torch.tensor(e.response)
+    responses = torch.tensor([e.response + [model_cfg.eos_id] * (width - len(e.response))
+                              for e in examples])
     x0 = torch.cat([prompts, responses], dim=1)                         # (B, L)
     given = (torch.arange(x0.shape[1]) < prompts.shape[1]).repeat(len(examples), 1)
     attend = torch.cat([attend, torch.ones_like(responses, dtype=torch.bool)], dim=1)
@@ -309,8 +310,7 @@ def collate(examples, model_cfg, width, generator):
 
 
 def hidden_text(batch, generator):
-    """The closed book: the outer pass cannot see the text. Most rows ask for the whole answer, as
-    the first step of decoding does."""
+    """The closed book: the outer pass cannot see the text. Most rows have t = 1, as in decoding."""
     whole = torch.rand(len(batch.t), generator=generator) < 0.75
     return batch._replace(t=batch.t.masked_fill(whole, 1.0), attend=batch.attend & ~batch.text)
 
@@ -322,19 +322,17 @@ def whole_sequence(batch):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
-    """The order of n examples in an epoch: a new one each, no example twice before all once."""
+    """The order of n examples in an epoch, a new one each."""
     return random.Random(f"{seed} epoch {epoch}").sample(range(n), n)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. One run: what every loop above needs.
+# 3. One run: what every loop above needs ----------------------------------------------------------
 
 class Run:
-    """Settings, data by step, optimizer, log, evaluation and checkpoints of one run. Holds no
-    random state: see the file's header."""
+    """Settings, data by step, optimizer, log, evaluation, checkpoints. It holds no random state."""
 
     def __init__(self, cfg, inner_options, meta_options):
-        """From flags alone, see plan: prints the memory that the run needs."""
+        """From flags alone: prints the memory that the run needs."""
         self.rank, self.world = ranks()
         self.cfg = cfg
         self.plan = plan(cfg, inner_options, meta_options, self.world)
@@ -351,11 +349,11 @@ class Run:
         """Backbone and data, and what is trained. ValueError or OSError for what cannot work."""
         cfg = self.cfg
         self.device = default_device(cfg.device)
-        needed = sum(self.plan.sizes.values())
-        if needed > device_memory(self.device):
-            raise ValueError(f"this needs {needed / 1e9:.1f} GB, more memory than "
-                             f"{self.device} has ({device_memory(self.device) / 1e9:.1f} GB): try "
-                             f"a smaller --batch_size or --max_len, --lora, --checkpointing")
+        needed, there = sum(self.plan.sizes.values()), device_memory(self.device)
+        if needed > there:
+            raise ValueError(f"this needs {needed / 1e9:.1f} GB, more memory than {self.device} "
+                             f"has ({there / 1e9:.1f} GB): try a smaller --batch_size or "
+                             f"--max_len, --lora, --checkpointing")
         dtype = cfg.dtype and getattr(torch, cfg.dtype)
         source = "tiny" if self.plan.to_pretrain else cfg.source
         self.tokenizer = niah.tiny_tokenizer() if source == "tiny" else load_tokenizer(source)
@@ -366,8 +364,8 @@ class Run:
         else:
             self.backbone = load_backbone(source, self.device, dtype, cfg.chat)
         if self.backbone.dtype != torch.float32 and not cfg.lora and cfg.method != "metastate":
-            raise ValueError(f"--lora 0 trains the weights themselves, and in {self.backbone.dtype}"
-                             f" most steps are too small to change one: add --dtype float32")
+            raise ValueError(f"--lora 0 trains weights in {self.backbone.dtype}, too coarse for "
+                             f"most steps to change one: add --dtype float32")
         self.examples = self.held_examples = None
         if cfg.data != "niah":
             model_cfg = self.backbone.cfg
@@ -394,8 +392,7 @@ class Run:
         self.make_optimizer()
 
     def show_keys_to_ffn(self):
-        """A tiny backbone whose FFN cannot see a token's neighbours gets convolutions there. (An
-        adapter could not hold them.)"""
+        """A tiny backbone whose FFN cannot see a token's neighbours gets convolutions there."""
         config = self.backbone.cfg
         if config.family == "tiny" and not (config.conv_residual or config.ffn_convs):
             fast = config.n_layers - memdlm.first_fast_layer(self.backbone, self.inner)
@@ -405,7 +402,7 @@ class Run:
         """The arms, plain first; the loss of the watched one is logged."""
         cfg = self.cfg
         self.meta = None
-        self.arms = {"off": no_memory, "on": memdlm.prompt_memory(self.inner)}
+        self.arms = {"off": no_memory, "on": memdlm.memory_of(self.inner)}
         self.watched, self.passes = "off", 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
@@ -415,8 +412,8 @@ class Run:
             self.arms = {"frozen": no_memory, self.watched: self.meta.memory()}
 
     def make_optimizer(self):
-        """Choose what is trained: all weights, the LoRA (added here unless the adapter is an old
-        one), or the slots' modules."""
+        """Choose what is trained: all weights, the LoRA (a new one or that of the adapter), or the
+        slots' modules."""
         cfg = self.cfg
         if cfg.lora and self.plan.base is None:
             self.backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
@@ -440,8 +437,7 @@ class Run:
     # -- data ------------------------------------------------------------------------------------
 
     def batch(self, step):
-        """The whole batch of a step on the CPU, the same on every rank, and its number of
-        maskable tokens."""
+        """The whole batch of a step, on the CPU, and its number of maskable tokens."""
         cfg = self.cfg
         rng = random.Random(f"{cfg.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
@@ -464,15 +460,13 @@ class Run:
         if self.examples is None:
             samples = self.closed_samples(step, rng) if closed else self.samples(step, rng)
             return niah_examples(self.tokenizer, self.backbone.cfg, samples, closed)
-        size = len(self.examples)
-        numbers = range(step * self.plan.rows, (step + 1) * self.plan.rows)
+        size, rows = len(self.examples), self.plan.rows
         return [self.examples[epoch_order(self.cfg.seed, n // size, size)[n % size]]
-                for n in numbers]
+                for n in range(step * rows, (step + 1) * rows)]
 
     def samples(self, step, rng):
         """niah samples of mixed lengths: without them lookup is not learned."""
-        c = self.cfg.length
-        tasks = self.cfg.tasks
+        c, tasks = self.cfg.length, self.cfg.tasks
         if self.meta and step < self.meta.settings.curriculum * self.cfg.steps:
             # the first hop is learned sooner where every row needs the memory
             tasks = [task for task in tasks if task == "resolve"] or tasks
@@ -483,10 +477,8 @@ class Run:
     def closed_samples(self, step, rng):
         """Texts with some questions each. At first the facts stand alone; when the gradient becomes
         exact (with --exact_from 1: after 60 %) they lie among ever more filler, in the end up to
-        four times the usual length, in several chunks: all lengths at once would undo much of what
-        is learned by then."""
-        c = self.cfg.length
-        length = 0
+        four times the usual length, in several chunks."""
+        c, length = self.cfg.length, 0
         alone = min(self.exact_step, 0.6 * self.cfg.steps)
         if step >= alone:
             done = (step - alone) / (self.cfg.steps - alone)
@@ -516,10 +508,9 @@ class Run:
 
     def steps(self):
         """The numbers of the steps to do; after each: log, held-out loss, checkpoint."""
-        cfg = self.cfg
+        cfg, held_out = self.cfg, math.nan
         by_recall = self.closed and self.examples is None
         column = "recalled" if by_recall else f"held_out_{self.watched}"
-        held_out = math.nan
         for step in range(self.first_step, cfg.steps):
             began = time.time()
             if cfg.lora_dropout:
@@ -529,12 +520,11 @@ class Run:
             self.backbone.eval()
             self.seconds += time.time() - began
             if not math.isfinite(self.loss):
-                kept = "no checkpoint was written yet"
-                if (self.out / "resume.pt").exists():
-                    kept = f"the last checkpoint in {self.out} is intact"
-                raise ValueError(f"the loss is {self.loss} at step {step} ({cfg.method}, seed "
-                                 f"{cfg.seed}); {kept}. Try a smaller --lr or --inner_lr, or look "
-                                 f"for broken examples")
+                there = (self.out / "resume.pt").exists()
+                kept = f"the last checkpoint in {self.out} is intact" if there \
+                    else "no checkpoint was written yet"
+                raise ValueError(f"the loss is {self.loss} at step {step}, seed {cfg.seed}; {kept}."
+                                 f" Try a smaller --lr or --inner_lr, or look for bad examples")
             done = step + 1
             row = dict(step=step, loss=self.loss, grad_norm=float(self.grad_norm),
                        lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 2))
@@ -550,8 +540,7 @@ class Run:
                 self.save(done)
 
     def sum_over_ranks(self, loss):
-        """Each rank has its rows' share of the whole batch's loss and gradient: they add up.
-        Returns the whole loss."""
+        """Each rank has its rows' share of loss and gradient: they add up. Returns the loss."""
         if self.world == 1:
             return loss
         total = torch.tensor(loss, device=self.device)
@@ -579,8 +568,7 @@ class Run:
         return self.held_out(logits_of)
 
     def leaky_loss(self):
-        """The same with phi fitted to the very tokens that are scored, as in MemDLM's Fig. 4: an
-        upper bound, no result."""
+        """The same with phi fitted to the very tokens that are scored (MemDLM, Fig. 4): a bound."""
         def logits_of(rows, xt, masked):
             phi, *_ = memdlm.adapt_to_response(self.backbone, rows.x0, rows.given, rows.attend,
                                                rows.t, rows.u, self.inner)
@@ -589,35 +577,31 @@ class Run:
 
     @torch.no_grad()
     def held_out(self, logits_of, n=128):
-        """Mean CE per masked token of logits_of(rows, xt, masked) -> (N, V); t is stratified over
-        (0, 1)."""
-        backbone = self.backbone
-        generator = torch.Generator().manual_seed(0)
+        """Mean CE per masked token of logits_of(rows, xt, masked) -> (N, V), t even in (0, 1)."""
+        backbone, generator = self.backbone, torch.Generator().manual_seed(0)
         size = self.cfg.batch_size if backbone.cfg.family != "tiny" else 64
         examples = self.held_examples
         if examples is None:
             counter = niah.token_counter(self.tokenizer, backbone.cfg)
             samples = niah.make_samples(self.cfg.tasks, self.cfg.length, n, 0, "eval", counter)
             examples = niah_examples(self.tokenizer, backbone.cfg, samples)
-        total = 0.0
-        count = 0
+        total, count = 0.0, 0
         for i in range(0, len(examples), size):
             batch = collate(examples[i:i + size], backbone.cfg, self.width, generator)
             t = (torch.arange(len(batch.t)) + 0.5) / len(batch.t)
             rows = Batch(*(x.to(self.device) for x in batch._replace(t=t)))
             xt, masked = corrupt(rows.x0, rows.t, rows.given, backbone.cfg.mask_id, rows.u)
-            if not masked.any():
-                continue
-            logits = logits_of(rows, xt, masked)
-            total += F.cross_entropy(logits.float(), rows.x0[masked], reduction="sum").item()
-            count += int(masked.sum())
+            if masked.any():
+                logits = logits_of(rows, xt, masked).float()
+                total += F.cross_entropy(logits, rows.x0[masked], reduction="sum").item()
+                count += int(masked.sum())
         return total / max(1, count)
 
     # -- checkpoints -----------------------------------------------------------------------------
 
     def save(self, done):
-        """resume.pt holds everything needed to go on, in one file that is replaced in one move;
-        beside it the checkpoint as sample.py and niah.py read it."""
+        """resume.pt holds everything needed to go on; beside it the checkpoint as sample.py and
+        niah.py read it."""
         if self.rank > 0:
             return
         state = dict(step=done, seconds=self.seconds, settings=self.settings(),
@@ -632,7 +616,6 @@ class Run:
             save_adapter(self.backbone, self.out, self.plan.base or self.cfg.source)
         else:
             save_backbone(self.backbone, self.out, self.tokenizer)
-        # this file may be edited: it is validated when it is read
         write_json(self.out / "memory.json", dataclasses.asdict(self.inner))
 
     def settings(self):
@@ -645,15 +628,14 @@ class Run:
                 "the backbone": self.fingerprint, "the data": self.content}
 
     def resume(self):
-        """Go on from resume.pt, from the start if there is none yet. The log is cut there: it has
-        one row a step, and those behind the checkpoint will be written again."""
+        """Go on from resume.pt, from the start if there is none yet. The log is cut there."""
         path = self.out / "resume.pt"
         said = f"--resume: {self.out} holds no checkpoint, the run starts from the beginning"
         if path.exists():
             state = read_state(path)
             saved = state["settings"]
             changed = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in self.settings().items()
-                       if saved.get(k, v) != v]                 # older files lack some
+                       if saved.get(k, v) != v]
             if changed:
                 raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
             with torch.no_grad():
@@ -673,8 +655,7 @@ class Run:
 
 
 def read_state(path):
-    """The contents of a resume.pt. ValueError if it is not as it was written, OSError if it cannot
-    be opened."""
+    """The contents of a resume.pt. ValueError if damaged, OSError if it cannot be opened."""
     try:
         if zipfile.ZipFile(path).testzip():                 # torch.load looks at no checksum
             raise ValueError("a checksum does not match")
@@ -686,16 +667,15 @@ def read_state(path):
                          f"Deleting its folder starts that run anew") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Several processes, and one folder for each run.
+# 4. Several processes, and one folder for each run ------------------------------------------------
 
 def shard(backbone):
     """Several processes: frozen layers are split over the ranks (FSDP2, one unit a layer); trained
-    weights stay whole on every rank, and their gradients are added up. The mesh is named: by
-    itself fully_shard takes a GPU where there is one, also for a run on the CPU."""
+    weights stay whole on every rank, and their gradients are added up."""
     if dist.is_initialized() and not all(p.requires_grad for p in backbone.parameters()):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        # by itself fully_shard takes a GPU where there is one, also for a run on the CPU
         mesh = init_device_mesh(backbone.device.type, (dist.get_world_size(),))
         for layer in backbone.layers:
             whole = {p for p in layer.parameters() if p.requires_grad}
@@ -710,10 +690,9 @@ def check_out(cfg, base):
             raise ValueError(f"--out {cfg.out} lies in {folder}, which the run reads: name another")
     if cfg.data != "niah" and Path(cfg.data).resolve().is_relative_to(out):
         raise ValueError(f"--data {cfg.data} lies in --out {cfg.out}: name another --out")
-    if cfg.resume or not out.exists() or {f.name for f in out.iterdir()} <= {".lock"}:
-        return
-    raise ValueError(f"{cfg.out} exists already: --resume goes on, --out names another folder; to "
-                     f"start anew there, remove the folder yourself")
+    if not cfg.resume and out.exists() and {f.name for f in out.iterdir()} - {".lock"}:
+        raise ValueError(f"{cfg.out} exists already: --resume goes on, --out names another folder; "
+                         f"to start anew there, remove the folder yourself")
 
 
 @contextlib.contextmanager
@@ -725,15 +704,13 @@ def locked(out):
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out} is in use by another run: wait for its end, or name another "
-                             f"--out") from None
+            raise ValueError(f"{out} is in use by another run: use another --out") from None
         except (ImportError, OSError):
             pass                                            # Windows, or no locks in this folder
         yield
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. From flags to a run.
+# 5. From flags to a run ---------------------------------------------------------------------------
 
 def check_flags(cfg):
     """ValueError for flags that contradict each other whatever the backbone is."""
@@ -746,8 +723,8 @@ def check_flags(cfg):
     if cfg.epochs and cfg.data == "niah":
         raise ValueError("--epochs needs --data FILE; niah texts never repeat: use --steps")
     if cfg.method == "metastate" and cfg.lora:
-        raise ValueError("--lora: MetaState's backbone is frozen; train the adapter with --method "
-                         "mdlm and give its folder as --init")
+        raise ValueError("--lora: MetaState's backbone is frozen; train an adapter with --method "
+                         "mdlm first, and give its folder as --init")
 
 
 class Plan(NamedTuple):
@@ -764,8 +741,7 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, inner_options, meta_options, world=1):
-    """Flags -> Plan; what was None in cfg is filled in. ValueError or OSError for what cannot
-    work."""
+    """Flags -> Plan; fills in what was None in cfg. ValueError or OSError for what cannot work."""
     check_flags(cfg)
     base = find_base(cfg)
     model_cfg = BackboneConfig()
@@ -779,8 +755,7 @@ def plan(cfg, inner_options, meta_options, world=1):
     inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
     ours = inner_options.keys() - vars(inner).keys()
     if ours:
-        raise ValueError(f"--{min(ours)} belongs to the closed book, not to --inner_on "
-                         f"{inner.inner_on}")
+        raise ValueError(f"--{min(ours)} belongs to --inner_on closed_book, not {inner.inner_on}")
     if cfg.data != "niah" and isinstance(inner, ClosedBook):
         inner.questions = 1
     inner = dataclasses.replace(inner, **inner_options)
@@ -791,9 +766,8 @@ def plan(cfg, inner_options, meta_options, world=1):
     stage = fill_in(cfg, model_cfg.family, closed)
     shared = getattr(inner, "questions", 1)
     if shared > 1 and (cfg.batch_size % shared or not closed or cfg.data != "niah"):
-        raise ValueError(f"--questions {shared}: only the closed book on niah texts has so many "
-                         f"rows about one text, which share its phi, and --batch_size must be a "
-                         f"multiple of it, not {cfg.batch_size}")
+        raise ValueError(f"--questions {shared}: only the closed book on niah texts asks so often; "
+                         f"--batch_size must be a multiple of it, not {cfg.batch_size}")
     length = cfg.length + niah.BUDGET if cfg.data == "niah" else cfg.max_len
     weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
     sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner, meta,
@@ -803,22 +777,22 @@ def plan(cfg, inner_options, meta_options, world=1):
 
 
 def find_base(cfg):
-    """The backbone under the adapter that training starts from, or None. An adapter keeps its own
-    rank in training; ValueError if --lora asks for another."""
+    """The backbone under the adapter that training starts from, or None. ValueError if --lora asks
+    for another rank than the adapter's own."""
     folder = Path("tiny") if cfg.source == "tiny" else find_folder(cfg.source, weights=False)
     if not (folder / "adapter_config.json").exists():
         return None
     rank = adapter_config(folder).r
     if cfg.lora not in (None, rank):
-        raise ValueError(f"--lora {cfg.lora}: {cfg.source} is an adapter of rank {rank}, which its "
-                         f"training keeps; leave --lora out, or start from its base")
+        raise ValueError(f"--lora {cfg.lora}: {cfg.source} is an adapter of rank {rank}; leave "
+                         f"--lora out, or start from its base")
     cfg.lora = None if cfg.method == "metastate" else rank
     return adapter_base(folder)
 
 
 def fill_in(cfg, family, closed):
-    """Replace every None by what it stands for here, but for steps that follow from epochs (see
-    Run); returns the key of DEFAULTS."""
+    """Replace every None by what it stands for here, but for steps that follow from epochs;
+    returns the key of DEFAULTS."""
     if cfg.method == "metastate":
         stage = "metastate"
     elif family != "tiny":
@@ -838,8 +812,7 @@ def fill_in(cfg, family, closed):
 
 def pretrain(cfg):
     """The tiny backbone that memories and adapters start from, trained once with plain MDLM."""
-    out = Path(cfg.init)
-    wanted = DEFAULTS["pretrain"]["steps"]
+    out, wanted = Path(cfg.init), DEFAULTS["pretrain"]["steps"]
     print(f"no --init: starting from the tiny backbone in {out}, pretrained with plain MDLM for "
           f"{wanted} steps (now, unless it is there; delete the folder to do it again)")
     if not (out / "resume.pt").exists() or read_state(out / "resume.pt")["step"] != wanted:
@@ -873,7 +846,7 @@ def report(run):
     cfg = run.cfg
     model = run.backbone, run.tokenizer
     what, arms, flag, lengths = ARMS, run.arms, "", "64 128 256"
-    # several, so that no lucky guess hides what the memory does
+    # two, so that no lucky guess hides what the memory does
     prompts = ('"the sky is blue . river = 47 . stone = 12 . ? river =" '
                '"piano = 21 . cloud = 30 . the moon is old . ? cloud ="')
     if run.closed:
@@ -911,8 +884,7 @@ def report(run):
           f"  python sample.py --checkpoint {cfg.out}{flag} --watch --prompt {prompts}")
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Command line.
+# 6. Command line ----------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(
