@@ -3941,7 +3941,8 @@ def world(seed, trained, row=None, base={}, dtype=torch.float32, **options):
         x0=x0, given=given, attend=attend, visible=attend, t=t, u=u, masked=masked, at=at, phi=phi,
         ids=x0.index_fill(1, torch.arange(6, 9), 1), xt=x0.masked_fill(at, 1), mask_id=1,
         generator=torch.Generator().manual_seed(seed + 1), seed=seed + 3, exact=False,
-        token_weight=torch.ones_like, weight=torch.tensor([0.5, 1.0, 3.0]), n_maskable=23, n_rows=3, start=7,
+        token_weight=torch.ones_like, weight=torch.tensor([0.5, 1.0, 3.0]), n_maskable=23,
+        n_rows=3, start=7,
         n=torch.tensor([32, 0, 7, 12, 30 + seed % 10]),
         reveals=torch.tensor([[1, 2, 5, 0], [0, 4, 3, 0], [4, 0, 0, 0]]))
     if row is not None:
@@ -4109,11 +4110,12 @@ Measure: by how many nats do the two inner steps lower the outer loss of a maske
 ## A3: MemDLM in a batch (8 h)
 Read: MemDLM, sections 3.1 and 4.4. Write: {A3}. As A2, for all rows at once. `given` may include
 padding, so a row's prompt is `given & attend`; its `row_seeds` give phi_0. clip 0 clips nothing.
-A token's cross-entropy is multiplied by token_weight, a function of all of them, as a constant. For an exact gradient the context of `inner_step` needs `twice`. The weight of a state is
-1 / (its masked share of what is not given). `adapt_to_prompt`: the prompt is what is attended and
-no [MASK] (no target); from its `row_seeds` come phi_0 and, with a generator seeded one higher,
-`torch.rand` for u on the prompt, elsewhere u is larger than 1. The anchor masks round(prompt_ratio
-n) tokens, those with the smallest u; weight 1.
+A token's cross-entropy is multiplied by token_weight, a function of all of them, as a constant. For
+an exact gradient the context of `inner_step` needs `twice`. The weight of a state is 1 / (its
+masked share of what is not given). `adapt_to_prompt`: the prompt is what is attended and no [MASK]
+(no target); from its `row_seeds` come phi_0 and, with a generator seeded one higher, `torch.rand`
+for u on the prompt, elsewhere u is larger than 1. The anchor masks round(prompt_ratio n) tokens,
+those with the smallest u; weight 1.
 Measure: how many times longer than `loss_memdlm` does a loop over `paper_sample` take for four rows
 of 14 tokens, with the gradients of all weights? One thread (`torch.set_num_threads(1)`), the median
 of 20 calls after 3.
