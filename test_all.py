@@ -1494,7 +1494,7 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
     assert list(arms) == ["none", "written"]
     written = text.strip().removesuffix(question).strip()
     expected, *_ = sample.write_texts(*tiny, [longer, written], MemDLMConfig())
-    _, phi = arms["written"](tiny[0], None, None, 0)
+    _, phi = arms["written"](tiny[0], torch.ones(2, 1), None, 1)
     assert all(torch.equal(phi[name].B, w.B) for name, w in expected.items())
 
 
