@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from backbone import add_flags, cli, encode, encode_prompt, given_flags, option, read_lines
-from memdlm import MemDLMConfig, fixed_memory
+from memdlm import ClosedBook, MemDLMConfig, fixed_memory
 from sample import (append_rows, chosen_arms, cut, estimate, generate, inner_loop_settings,
                     join_ranks, left_pad, load_arms, ranks, show_estimate, write_texts)
 
@@ -623,15 +623,18 @@ def main():
     # 2. The arms
     join_ranks(how)
     *model, arms = load_arms(how.checkpoint, how.device, None, how.chat)
-    arms = CLOSED_ARMS if how.closed_book else arms
+    inner = inner_loop_settings(how.checkpoint)
+    arms = dict(CLOSED_ARMS) if how.closed_book else arms
+    if not isinstance(inner, ClosedBook):
+        arms.pop("uncovered", None)                     # the paper's loop has no choice of targets
     arms = chosen_arms(arms, how.arms or arms)
     # 3. The rows, and a table of them
     texts = dict(n=how.n or 100, seed=how.seed, out=out, gen_length=how.gen_length)
     more = dict(steps=how.steps, threshold=how.threshold, passes=how.passes,
-                inner=inner_loop_settings(how.checkpoint), checkpoint=how.checkpoint)
+                inner=inner, checkpoint=how.checkpoint)
     if how.closed_book:
-        rows = closed_book(*model, more["inner"], arms=arms, n_facts=how.facts,
-                           lengths=how.lengths, **texts)
+        rows = closed_book(*model, inner, arms=arms, n_facts=how.facts, lengths=how.lengths,
+                           **texts)
     elif how.data:
         cells = [read_benchmark(path, *model, how.n, how.gen_length) for path in how.data]
         rows = decode(*model, arms, cells, out, **more)

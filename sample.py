@@ -513,7 +513,7 @@ class Viewer:
 
     def show(self, frame, slots):
         """Print the canvas; how far the slots moved, where the Mixer of the first row looked."""
-        looks = ["·", "{}", "\x1b[32;1m{}\x1b[0m" if sys.stdout.isatty() else "[{}]"]
+        looks = ["·", "{}", "\x1b[32;1m{}\x1b[0m" if sys.stdout.isatty() else "*{}*"]
         for row, kinds in zip(frame.tokens, frame.kind.tolist()):
             words = [looks[kind].format(word) for kind, word in zip(kinds, self.words(row))]
             print(f"  pass {self.passes:>3} | {' '.join(words)}")

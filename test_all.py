@@ -1766,6 +1766,10 @@ def test_the_arms_of_the_closed_book_are_what_they_are_called(tiny):
     once, flipped = (niah.phi_of_arm(*tiny, samples, arm, inner) for arm in ("written", "flipped"))
     assert all(torch.equal(flipped[name].B, -w.B) for name, w in once.items())
     assert any(w.B.any() for w in once.values())
+    # all arms start from the same A
+    inner = dataclasses.replace(CLOSED, inner_lr=0.0)
+    start, cover = (niah.phi_of_arm(*tiny, samples, arm, inner) for arm in ("written", "uncovered"))
+    assert all(torch.equal(cover[name].A, w.A) for name, w in start.items())
     # the question is written behind its text, as a chunk of its own
     inner = dataclasses.replace(CLOSED, chunk=16)
     phi = niah.phi_of_arm(*tiny, samples, "phi", inner)
@@ -1787,8 +1791,10 @@ def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_
     assert "of 2 answers" in said
     for arm in ("none", "written"):
         assert len(re.findall(f"^ +{arm}: ", said, flags=re.M)) == 2
-    argv += ["--n", "3", "--facts", "2", "16", "--lengths", "0", "40", "--arms", "none", "written"]
-    assert main_of(niah, argv) == 0
+    argv += ["--n", "3", "--facts", "2", "--lengths", "0"]
+    assert main_of(niah, [*argv, "--out", "all.jsonl"]) == 0
+    assert {row["arm"] for row in rows_in("all.jsonl")} == niah.CLOSED_ARMS.keys() - {"uncovered"}
+    assert main_of(niah, [*argv, "40", "--facts", "2", "16", "--arms", "none", "written"]) == 0
     rows = rows_in("new/closed_book.jsonl")
     cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
     assert cells == {(a, *c) for a in ("none", "written") for c in ((2, 0), (2, 40), (16, 0))}
