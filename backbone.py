@@ -37,8 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Configuration.
+# 1. Configuration ---------------------------------------------------------------------------------
 
 def option(default, text, low=None, high=math.inf, choices=None, repr=True):
     """A field of a configuration: its default (MISSING: none), --help text, allowed values."""
@@ -280,8 +279,7 @@ def neighbours(x, conv, attend):
     return F.conv1d(x.mT, conv.mT[:, None], padding="same", groups=x.shape[-1]).mT
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The backbone and its seam: embed, run a slice of layers, head.
+# 3. The backbone and its seam: embed, run a slice of layers, head ---------------------------------
 
 class Backbone(nn.Module):
     """`backbone(ids, attend=None) -> logits (B, L, V)`; context, embed, run, head are its pieces.
@@ -373,8 +371,7 @@ class Backbone(nn.Module):
     dtype = property(lambda self: self.embed_tokens.weight.dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The forward process and the loss.
+# 4. The forward process and the loss --------------------------------------------------------------
 
 def corrupt(x0, t, given, mask_id, u=None, generator=None):
     """The forward process q(x_t | x_0) of MDLM and LLaDA.
@@ -707,8 +704,7 @@ def save_backbone(model, folder, tokenizer=None):
         "vocabulary": tokenizer and vocabulary_hash(tokenizer)})
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Files: found, read with their checksums, replaced whole.
+# 7. Files: found, read with their checksums, replaced whole ---------------------------------------
 
 def default_device(wanted=None):
     """`wanted` if it can be used here (else ValueError), by default the fastest there is."""
@@ -841,8 +837,7 @@ def checksum(names, get):
     return f"{crc:08x}"
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Adapters in PEFT's format.
+# 8. Adapters in PEFT's format ---------------------------------------------------------------------
 
 # As REQUIRED. Other initial values (pissa, olora, ...) change the base's weights: such an adapter
 # does not fit the published base, and PEFT can convert it.
@@ -919,8 +914,7 @@ def load_adapter(model, folder):
     return load_weights(model, names, [shard], folder, torch.float32).requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Tokenizers and chat formats.
+# 9. Tokenizers and chat formats -------------------------------------------------------------------
 
 # Assumed: LLaDA-MoE has the format of the same authors' LLaDA2. Only for a tokenizer without one.
 MOE_CHAT = ("{% for m in messages %}<role>{{ m.role | upper | replace('USER', 'HUMAN') }}</role>"

@@ -32,8 +32,7 @@ from memdlm import ClosedBook, MemDLMConfig, fixed_memory
 from sample import (append_rows, chosen_arms, cut, estimate, generate, inner_loop_settings,
                     join_ranks, left_pad, load_arms, ranks, show_estimate, write_texts)
 
-# --------------------------------------------------------------------------------------------------
-# 0. The closed vocabulary: every text of the tiny model is made of these words.
+# 0. The closed vocabulary: every text of the tiny model is made of these words --------------------
 
 SPECIALS = ["[PAD]", "[MASK]", "[EOS]"]
 KEYS = ("river stone cloud table horse piano candle forest bridge mirror anchor basket castle "
@@ -94,8 +93,7 @@ class Sample:
         return self.prompt[self.prompt.rindex("?"):]
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. What the tasks are made of.
+# 1. What the tasks are made of --------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
 def for_evaluation(first, second):
@@ -135,8 +133,7 @@ def count_words(text):
     return text.count(" ") + 1
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Tasks. Each takes (rng, length, split, count) and returns a Sample.
+# 2. Tasks. Each takes (rng, length, split, count) and returns a Sample ----------------------------
 
 def needles(task, rng, length, split, count, n_keys, n_values):
     """One key with n_values values is asked for, among n_keys - 1 distractors with one each."""
@@ -258,8 +255,7 @@ def make_samples(tasks, length, n, seed, split="train", count=count_words):
     return samples
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. From texts to ids, and from answers to scores.
+# 3. From texts to ids, and from answers to scores -------------------------------------------------
 
 BUDGET = 6              # answer tokens of the tiny model: five names and the end of text
 INTRO = ("Answer the question after the question mark from the facts hidden in this text, "
@@ -326,8 +322,7 @@ def results(jobs, answer, tokenizer, config, out):
     return append_rows(jobs, work, out)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The benchmarks' own files.
+# 4. The benchmarks' own files ---------------------------------------------------------------------
 
 # official answer lengths, by a part of the names of RULER's tasks; BABILong's is 16
 BUDGETS = dict(niah=128, vt=30, cwe=120, fwe=50, qa=32)
@@ -393,8 +388,7 @@ def read_benchmark(path, backbone, tokenizer, n=None, gen_length=None):
     return gen_length, [replace(s, length=length) for _, s in fit], [ids for ids, _ in fit]
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Evaluation: the same samples for every arm.
+# 5. Evaluation: the same samples for every arm ----------------------------------------------------
 
 def evaluate(backbone, tokenizer, arms, tasks, lengths, n, seed, out=None, gen_length=None,
              steps=None, **columns):
@@ -461,8 +455,7 @@ def repeat(backbone, memory, prompts, passes, gen_length):
         yield logits.argmax(-1).view(-1, gen_length), state
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The closed book: the prompt is written into fast weights and then hidden.
+# 6. The closed book: the prompt is written into fast weights and then hidden ----------------------
 
 CLOSED_ARMS = {
     "none": "no phi: the question alone",
@@ -520,8 +513,7 @@ def closed_book(backbone, tokenizer, inner, *, arms, n_facts, lengths, n, seed, 
     return results(jobs, answer, tokenizer, config, out)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Tables.
+# 7. Tables ----------------------------------------------------------------------------------------
 
 def interval(values):
     """Mean of values in 0..1, and half of Wilson's 95 % interval, which has a width where all are
@@ -570,8 +562,7 @@ def closed_table(rows):
             f"values in the text (any value at all: {100 / len(VALUES):.1f})")
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Command line.
+# 8. Command line ----------------------------------------------------------------------------------
 
 @dataclass
 class Evaluation:

@@ -654,8 +654,7 @@ def main():
         Path(args.html).write_text(page(args.checkpoint, viewers, hidden), encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------
-# The page of --html.
+# The page of --html -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def gained(backbone, phi, ids, attend):
