@@ -2289,9 +2289,10 @@ def data_of(page):
     return json.loads(re.search(r'json">(.*)</script>', page)[1])
 
 
-def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
+def viewer_after(memory, prompts, tokenizer=None, watch=False, **settings):
     """A viewer that has decoded the prompts."""
     model = random_backbone()
+    tokenizer = tokenizer or niah.tiny_tokenizer()
     viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
     prompts = [torch.tensor(ids) for ids in prompts]
     viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
@@ -2301,7 +2302,7 @@ def viewer_after(memory, tokenizer, prompts, watch=False, **settings):
 def test_tokens_send_no_control_characters_and_no_markup_and_a_page_needs_no_network(capsys):
     text = "\x1b[2J\x9b2J\x07\rx</script><b>&amp;"
     hostile = argparse.Namespace(decode=lambda ids, **_: text * len(ids))
-    viewer = viewer_after(sample.no_memory, hostile, [[5, 6]], watch=True, gen_length=3)
+    viewer = viewer_after(sample.no_memory, [[5, 6]], hostile, watch=True, gen_length=3)
     said = capsys.readouterr().out
     assert "x" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
     page = sample.page("</script><img src=x>", [viewer])
@@ -2315,8 +2316,7 @@ def test_tokens_send_no_control_characters_and_no_markup_and_a_page_needs_no_net
     dict(), dict(cfg_scale=1.5), dict(temperature=0.8), dict(block_length=3), dict(threshold=0.1)])
 def test_a_page_holds_all_tokens_of_all_steps_and_the_models_probability_of_what_it_committed(
         settings):
-    viewer = viewer_after(sample.no_memory, niah.tiny_tokenizer(), [[5, 6, 7], [8]], gen_length=6,
-                          **settings)
+    viewer = viewer_after(sample.no_memory, [[5, 6, 7], [8]], gen_length=6, **settings)
     rows = data_of(sample.page("plain", [viewer]))["rows"]
     assert len(rows) == 2
     for row, shown in enumerate(rows):
@@ -2324,7 +2324,7 @@ def test_a_page_holds_all_tokens_of_all_steps_and_the_models_probability_of_what
         assert [f["words"] for f in frames] == [viewer.words(f.tokens[row]) for f in viewer.frames]
         masks = [f["kind"].count(0) for f in frames]
         assert masks == sorted(range(7), reverse=True) or "threshold" in settings
-        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, [0, 1, 2][2 * row:]])
+        assert shown["panels"][0]["words"] == viewer.words(viewer.prompt[row, 2 * row:])
     for before, after in zip(viewer.frames, viewer.frames[1:]):
         canvas = before.tokens.masked_fill(before.kind == 0, viewer.backbone.cfg.mask_id)
         attend = torch.cat([viewer.attend, torch.ones_like(canvas)], 1)
@@ -2337,26 +2337,17 @@ def test_a_page_holds_all_tokens_of_all_steps_and_the_models_probability_of_what
 
 def test_a_page_says_how_much_phi_raises_each_log_probability_and_what_the_mixer_reads(meta):
     memory = memdlm.prompt_memory(MEM)
-    viewer = viewer_after(memory, niah.tiny_tokenizer(), [[5, 6, 7], [8, 9]], gen_length=3)
+    viewer = viewer_after(memory, [[5, 6, 7], [8, 9]], gen_length=3)
     gains = data_of(sample.page("phi", [viewer]))["rows"][1]["panels"][0]["values"][0]
     model, mask = viewer.backbone, viewer.backbone.cfg.mask_id
     _, phi = memory(model, torch.tensor([[8, 9]]), None, 2)
     for i, canvas in enumerate([[mask, 9], [8, mask]]):
         off, on = (model(torch.tensor([canvas]), phi=p)[0, i].log_softmax(-1) for p in (None, phi))
         assert gains[i] == pytest.approx((on - off)[8 + i].item(), abs=1e-4)
-    viewer = viewer_after(meta.memory(), niah.tiny_tokenizer(), [[5, 6, 7]], gen_length=3)
+    viewer = viewer_after(meta.memory(), [[5, 6, 7]], gen_length=3)
     values = data_of(sample.page("slots", [viewer]))["rows"][0]["panels"][0]["values"]
     assert values[0] is None and len(values) == 4
     assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
-
-
-def test_the_html_flag_writes_both_arms_and_of_a_closed_book_the_hidden_text(here):
-    argv = [*new_checkpoint(), "--device", "cpu", "--html", "page.html"]
-    assert main_of(sample, [*argv, "--closed_book", "--prompt", "river = 47 . ? river ="]) == 0
-    row = data_of(Path("page.html").read_text())["rows"][0]
-    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
-    assert [panel["words"] for panel in row["panels"]] == ["river = 47 .".split(),
-                                                           "? river =".split()]
 
 
 FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
@@ -2373,47 +2364,38 @@ def write_word_tokenizer(folder, words):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-SHORT = {"test_all.py": "", "sample.py": "--device cpu", "niah.py": "--n 2 --device cpu",
-         "train.py": "--steps 1 --n_eval 1 --batch_size 4 --accumulate 1 --length 32 "
-                     "--max_len 500 --device cpu"}
-
-
-def readme_commands():
-    """Every indented `python ...` or `torchrun ...` line of the README -> its script and arguments,
-    at sizes that take a second; but for pytest and measurements by hand that take minutes."""
-    text = re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", (HERE / "README.md").read_text())
-    lines = re.findall(r"^    (?:.*&& )?(?:python|torchrun \S+) (\w+\.py .*)$", text, flags=re.M)
-    for script, *argv in (shlex.split(line, comments=True) for line in lines):
-        if script == "train.py" and "--backbone" in argv:
-            argv += "--unroll 2 --slot_dim 32 --slot_heads 4 --cond_dim 32".split()
-        if argv[0] == "--slots":
-            argv += ["--n", "2", "--passes", "2"]
-        if argv[0] not in ("--bench", "--tables", "--starter"):
-            yield script, argv + SHORT[script].split()
-
-
-def test_every_command_of_the_readme_runs(here):
-    commands = list(readme_commands())
-    assert len(commands) >= 10
+def test_every_command_of_the_readme_runs_and_the_page_holds_both_arms_and_the_hidden_text(
+        here, monkeypatch):
+    """Every indented `python ...` or `torchrun ...` line, at sizes that take a second."""
     for file, n in (("train", 12), ("longalpaca", 12), ("gsm8k", 2)):
         write_data(f"{file}.jsonl", n)
     write_lines("4096/data/vt/validation.jsonl", RULER)
-    # real backbones in miniature, which know the words of niah.py
-    words = dict.fromkeys([*niah.vocabulary(), *niah.INTRO.split()])
-    sizes = dict(vocab_size=len(words), embedding_size=len(words), mask_token_id=1, eos_token_id=2,
-                 max_position_embeddings=512, max_sequence_length=512)
+    # real backbones in miniature, and an introduction in words that they know
+    monkeypatch.setattr(niah, "INTRO", "the road is long .\n")
     for name, family in (("LLaDA-8B-Instruct", "llada"), ("Dream-v0-Instruct-7B", "dream"),
                          ("LLaDA-MoE-7B-A1B-Base", "llada_moe")):
-        known = {k: v for k, v in sizes.items() if k in CONFIGS[family]}
-        write_checkpoint(Path("Org", name), family, **known)
-        write_word_tokenizer(Path("Org", name), words)
-    main = {"train.py": train.main, "niah.py": niah.main, "sample.py": sample.main,
-            "test_all.py": by_hand}
-    for script, argv in commands:
+        limits = dict(max_position_embeddings=512, max_sequence_length=512)
+        small_folder(Path("Org", name), family, **limits)
+    short = {"test_all.py": (by_hand, "--n 2 --passes 2"),
+             "niah.py": (niah.main, "--n 2 --device cpu"),
+             "sample.py": (sample.main, "--gen_length 6 --device cpu"),
+             "train.py": (train.main, "--steps 1 --n_eval 1 --batch_size 4 --accumulate 1 "
+                                      "--length 16 --max_len 500 --device cpu")}
+    slots = "--unroll 2 --slot_dim 32 --slot_heads 4 --cond_dim 32"
+    text = re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", (HERE / "README.md").read_text())
+    lines = re.findall(r"^    (?:.*&& )?(?:python|torchrun \S+) (\w+\.py .*)$", text, flags=re.M)
+    assert len(lines) >= 10
+    for script, *argv in (shlex.split(line, comments=True) for line in lines):
         if script == "train.py":                # which never writes over an earlier run
             shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
-        sys.argv = [script, *argv]
-        main[script]()
+            argv += slots.split() * ("--backbone" in argv)
+        main, more = short[script]
+        sys.argv = [script, *argv, *more.split()]
+        main()
+    row = data_of(Path("page.html").read_text())["rows"][0]
+    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
+    hidden, question = (" ".join(panel["words"]) for panel in row["panels"])
+    assert question.startswith("?") and f'"{hidden} {question}"' in text
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -2465,9 +2447,9 @@ def says(message, words):
     return all(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", message) for w in words.split())
 
 
-# Family, changed entries of its config.json (a text: the whole file), words of the message.
 OURS = '{"architectures": ["Backbone"], "backbone": %s}'
 
+# Family, changed entries of its config.json (a text: the whole file), words of the message.
 BAD_CONFIGS = [
     ("llada", dict(n_layers=1), "unexpected model.transformer.blocks.1"),
     ("llada", dict(n_layers=3), "missing model.transformer.blocks.2"),
@@ -2486,7 +2468,6 @@ BAD_CONFIGS = [
     ("llada", dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters rope_theta 10000.0"),
     ("llada", dict(rope_parameters="linear"), "rope_parameters 'linear' supported"),
     ("llada", dict(rope_theta=None), "rope_theta float None"),
-    ("dream", dict(num_attention_heads="4"), "num_attention_heads int '4'"),
     ("dream", dict(head_dim=15), "head_dim=15 RoPE"),
     ("llada_moe", dict(num_experts_per_tok=9), "experts_per_token=9 n_experts=8"),
     ("llada_moe", dict(moe_layer_freq=[1, 0]), "moe_layer_freq ones"),
@@ -2522,8 +2503,7 @@ def test_weights_that_are_no_usable_floats_or_not_finite_are_named(tmp_path):
             (0, torch.float32, "F32 BF16 mixed")):
         bad = tensors[key].clone()
         bad[-1, -2] = value
-        bb.write_atomically(tmp_path / "model.safetensors", functools.partial(
-            save_file, {**tensors, key: bad.to(dtype)}))
+        save_file({**tensors, key: bad.to(dtype)}, tmp_path / "model.safetensors")
         assert says(why(load_backbone, tmp_path, "cpu"), f"{key} {words}")
     assert load_backbone(tmp_path, "cpu", torch.float32).dtype == torch.float32
 
@@ -2666,33 +2646,6 @@ def test_keywords_that_cannot_work_are_refused_as_flags_are(model):
     MetaStateConfig(inject_layers=(2, 3), read_layer=1).check(3)
 
 
-@pytest.fixture
-def refusal(here, monkeypatch, capsys):
-    """refusal(script, argv): the message with which a command line ends, with exit code 2, before
-    anything is decoded, trained, written or touched. `taken`: an adapter, `base` under it."""
-    model = load_backbone("tiny", "cpu")
-    bb.save_backbone(model, "base", niah.tiny_tokenizer())
-    bb.save_adapter(model.add_lora(2, 4), "taken", "base")
-    torch.save({"settings": {"steps": 1}}, "taken/resume.pt")
-    Path("taken/.lock").touch()
-    for module, name in ((sample, "generate"), (niah, "generate"), (train.Run, "batch")):
-        monkeypatch.setattr(module, name, None)
-
-    def files():
-        return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-
-    def refused(script, argv):
-        before = files()
-        capsys.readouterr()
-        code = main_of(script, argv)
-        said = capsys.readouterr().err.strip()
-        assert code == 2 and "Traceback" not in said, (argv, said)
-        assert "error: " in said.splitlines()[-1], (argv, said)
-        assert files() == before, argv
-        return said.splitlines()[-1]
-    return refused
-
-
 # Per script: a line to start from, flags, values of which each makes that line a bad one, words of
 # the message (None: the flag).
 TAKEN = ["--checkpoint", "taken"]
@@ -2716,6 +2669,9 @@ BAD_LINES = {
                "--num_slots --slot_heads --slot_dim --cond_dim --unroll --span",
          "0 -3 x 1.5 nan zwölf 0x10 ''", None),
         (MDLM, "--epochs", "2", "--epochs --data"),
+        (MDLM, "--dtype", "bfloat16", "--lora 0 --dtype float32"),
+        (SLOTS, "--seed", "2", "runs/pretrained-seed2/resume.pt opened ([Errno"),
+        (SLOTS, "--seed", "3", "runs/pretrained-seed3/resume.pt cannot be read corrupted"),
         (MDLM, "--lora --length --n_eval --seed --chunk --s_pre", "-1 x", None),
         (MDLM, "--seed", "99999999999999999999", None),
         (MDLM, "--lr --inner_lr --clip --alpha --weight_decay", "-1 nan inf 1e999 x", None),
@@ -2737,6 +2693,8 @@ BAD_LINES = {
         (TAKEN, "--passes", "2", "--lengths 64"),
         ([*TAKEN, "--n", "1"], "--lengths", "0 -5 x 8190 9999999", None),
         ([*TAKEN, "--n", "1", "--lengths", "64"], "--gen_length", "8150", "--lengths 64 8192"),
+        # 1 + 8190 would fit, the shortest text has 7 tokens
+        ([*TAKEN, "--n", "1", "--lengths", "1"], "--gen_length", "8190", "--lengths 1: 7 8190"),
         ([*TAKEN, "--closed_book"], "--facts", "0 25 x", None),
         (TAKEN, "--n --gen_length --steps", "0 -1 x", None)],
     sample: [
@@ -2759,14 +2717,6 @@ BAD_LINES = {
          "river '? river =' 'river =' ' \n? river =' 'river = 47 .'", "no question text")]}
 
 
-@pytest.mark.parametrize("script", BAD_LINES)
-def test_every_bad_command_line_ends_with_one_message_and_exit_code_2_and_touches_no_file(
-        refusal, script):
-    for start, flags, values, words in BAD_LINES[script]:
-        for flag, value in itertools.product(flags.split(), shlex.split(values)):
-            assert says(refusal(script, [*start, flag, value]), words or flag[2:]), (flag, value)
-
-
 RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": ["47", "30"],
           "length": 20, "answer_prefix": " =", "index": 7},
          {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
@@ -2775,51 +2725,74 @@ BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "targe
 USER = {"role": "user", "content": "river"}
 REPLY = {"role": "assistant", "content": "47"}
 
-# Per script: its flags, a good line, and bad ones (bytes: a whole file) with words of the message.
+# Per script: its flags, a good line, words of the message and bad lines (bytes: a whole file).
 BAD_DATA = {
-    train: ([*SLOTS, "--seed", "1"], json.loads(GOOD_LINE), [
-        (b"\xef\xbb\xbf[\n{}]", "json, an array load_dataset('json' data_files='qa1.jsonl'"),
-        (b"\x1f\x8b\x08\0", "json, gzip load_dataset('json' data_files='qa1.jsonl'"),
-        (b"PAR1\x15\x04", "parquet load_dataset('parquet' data_files='qa1.jsonl'"),
-        (b'{"prompt": "river', "line 1: valid JSON"),
-        (b'{"a":' * 100_000, "line 1: valid JSON"),
-        (b'{"prompt": "river \xff", "response": "47"}', "line 1: valid JSON"),
-        (rb'{"prompt": "river \ud800", "response": "47"}', r"line 1: '\ud800' position 6"),
-        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: limit"),
-        (["river"], "expected"),
-        ({"prompt": "river"}, "expected"),
-        ({"context": 1, "prompt": "river", "response": "47"}, "expected"),
-        ({"messages": [USER]}, "at least two"),
-        ({"messages": [USER, USER]}, "last message assistant's"),
-        ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f"}]}]}, "dropped tool_calls"),
-        ({"messages": [USER, {**REPLY, "weight": 0}]}, "dropped weight"),
-        ({"prompt": "river", "response": " "}, "response empty"),
-        ({"prompt": "the hello sky world", "response": "47"}, "vocabulary: hello world")]),
-    niah: (TAKEN, RULER[0], [
-        ([], "expected RULER's"),
-        ({"input": "river", "outputs": "47"}, "expected RULER's"),
-        ({"input": "river", "outputs": [""]}, "expected RULER's"),
-        ({"input": None}, "expected RULER's"),
-        ({"input": "river", "target": "kitchen"}, "expected BABILong's"),
-        ({**BABILONG[0], "target": "moon"}, "'moon' no answer qa1")]),
-    sample: ([*TAKEN, "--out", "rows.jsonl"], {"prompt": "river = 47 . ? river ="}, [
-        ([], "expected"),
-        ({"messages": [{"role": "user"}]}, "expected"),
-        ({"prompt": "river", "answer": "47"}, 'no "arm" "answer"'),
-        ({"prompt": "unheard-of"}, "vocabulary: unheard-of"),
-        ({"prompt": "river " * 9000}, "9000 limit 8192")])}
+    train: ([*SLOTS, "--seed", "1"], json.loads(GOOD_LINE), {
+        "json, an array load_dataset('json' data_files='qa1.jsonl'": [b"\xef\xbb\xbf[\n{}]"],
+        "json, gzip load_dataset('json' data_files='qa1.jsonl'": [b"\x1f\x8b\x08\0"],
+        "parquet load_dataset('parquet' data_files='qa1.jsonl'": [b"PAR1\x15\x04"],
+        "line 1: valid JSON": [b'{"prompt": "river', b'{"prompt": "river \xff", "response": "47"}',
+                               b'{"a":' * 100_000],
+        r"line 1: '\ud800' position 6": [rb'{"prompt": "river \ud800", "response": "47"}'],
+        "line 1: limit": [b'{"prompt": ' + b"1" * 5000 + b"}"],
+        "expected at least two last message assistant's dropped tool_calls weight": [
+            ["river"], {"prompt": "river"}, {"context": 1, "prompt": "river", "response": "47"},
+            {"messages": [USER]}, {"messages": [USER, USER]},
+            {"messages": [USER, {**REPLY, "tool_calls": [{"name": "f"}]}]},
+            {"messages": [USER, {**REPLY, "weight": 0}]}],
+        "response empty": [{"prompt": "river", "response": " "}],
+        "vocabulary: hello world": [{"prompt": "the hello sky world", "response": "47"}]}),
+    niah: (TAKEN, RULER[0], {
+        "expected RULER's": [[], {"input": "river", "outputs": "47"}, {"input": None},
+                             {"input": "river", "outputs": [""]}],
+        "expected BABILong's": [{"input": "river", "target": "kitchen"}],
+        "'moon' no answer qa1": [{**BABILONG[0], "target": "moon"}]}),
+    sample: ([*TAKEN, "--out", "rows.jsonl"], {"prompt": "river = 47 . ? river ="}, {
+        'expected no "arm" "answer"': [[], {"messages": [{"role": "user"}]},
+                                       {"prompt": "river", "answer": "47"}],
+        "vocabulary: unheard-of": [{"prompt": "unheard-of"}],
+        "9000 limit 8192": [{"prompt": "river " * 9000}]})}
 
 
-@pytest.mark.parametrize("script", BAD_DATA)
-def test_bad_data_is_named_with_file_and_line_before_anything_is_done_or_written(refusal, script):
-    """Before the tiny backbone is pretrained, too. Of another format, with what converts it."""
-    argv, good, bad = BAD_DATA[script]
-    for data, words in bad:
-        if not isinstance(data, bytes):
-            data, words = f"{json.dumps(good)}\n{json.dumps(data)}".encode(), f"line 2: {words}"
+def bad_inputs(script):
+    """Bad command lines, the file qa1.jsonl that goes with each, and words of the message."""
+    for start, flags, values, words in BAD_LINES[script]:
+        for flag, value in itertools.product(flags.split(), shlex.split(values)):
+            yield [*start, flag, value], b"", words or flag[2:]
+    start, good, bad = BAD_DATA[script]
+    for words, lines in bad.items():
+        for line in lines:
+            data, place = line, ""
+            if not isinstance(line, bytes):
+                data, place = f"{json.dumps(good)}\n{json.dumps(line)}".encode(), "line 2: "
+            yield [*start, "--data", "qa1.jsonl"], data, f"qa1.jsonl {place}{words}"
+
+
+@pytest.mark.parametrize("script", BAD_LINES)
+def test_bad_flags_and_bad_data_end_with_one_message_and_exit_code_2_and_touch_no_file(
+        here, monkeypatch, capsys, script):
+    """Before anything is decoded, trained (the tiny backbone, too) or written. `taken`: an adapter,
+    `base` under it. Of data in another format the message says what converts it."""
+    model = load_backbone("tiny", "cpu")
+    bb.save_backbone(model, "base", niah.tiny_tokenizer())
+    bb.save_adapter(model.add_lora(2, 4), "taken", "base")
+    torch.save({"settings": {"steps": 1}}, "taken/resume.pt")
+    Path("taken/.lock").touch()
+    Path("runs/pretrained-seed2/resume.pt").mkdir(parents=True)
+    Path("runs/pretrained-seed3").mkdir()
+    Path("runs/pretrained-seed3/resume.pt").write_bytes(b"PK")
+    for module, name in ((sample, "generate"), (niah, "generate"), (train.Run, "batch")):
+        monkeypatch.setattr(module, name, None)
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    for argv, data, words in bad_inputs(script):
         Path("qa1.jsonl").write_bytes(data)
-        message = refusal(script, [*argv, "--data", "qa1.jsonl"])
-        assert says(message, f"qa1.jsonl {words}"), data[:80]
+        before = files()
+        code = main_of(script, argv)
+        said = capsys.readouterr().err.strip()
+        assert (code, files()) == (2, before) and "Traceback" not in said, (argv, data[:80], said)
+        assert says(said.splitlines()[-1], f"error: {words}"), (argv, data[:80], said)
 
 
 JUNK = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"]
@@ -2844,32 +2817,11 @@ def test_a_line_beyond_max_len_is_left_out_counted_and_never_reaches_the_tokeniz
         here, monkeypatch, capsys):
     long = json.dumps({"prompt": "river " * 10_000, "response": "47"})
     Path("long.jsonl").write_text("\n".join([GOOD_LINE, GOOD_LINE, long]))
-    lengths = []
-
-    def noted(tokenizer, cfg, example):
-        lengths.append(len(example["prompt"]))
-        return bb.encode_pair(tokenizer, cfg, example)
-    monkeypatch.setattr(train, "encode_pair", noted)
+    calls = spied(monkeypatch, train, "encode_pair")
     assert len(read_jsonl("long.jsonl")) == 2
-    assert max(lengths) < 100
+    assert max(len(example["prompt"]) for (*_, example), _ in calls) < 100
     assert "left out 1 examples" in capsys.readouterr().out
     assert says(why(read_jsonl, "long.jsonl", max_len=3), "long.jsonl: 0 usable")
-
-
-def test_a_text_that_fits_but_not_with_its_introduction_is_refused(monkeypatch, model):
-    monkeypatch.setattr(niah, "encode_prompt", lambda *inputs: [1] * 97)
-    model.cfg.max_len = 100
-    message = why(niah.encoded_samples, model, niah.tiny_tokenizer(), ["single"], 64, 1, 0, 6)
-    assert says(message, "--lengths 64: 97 6 100")
-
-
-def test_all_weights_are_never_trained_in_bf16(here):
-    small_folder(here / "base")
-    write_data("data.jsonl", 40)
-    options = [*MDLM, "--backbone", "base", "--data", "data.jsonl", "--max_len", 64, "--steps", 1,
-               "--dtype", "bfloat16", "--lora"]
-    assert says(why(run_train, *options, 0), "--lora 0 --dtype float32")
-    run_train(*options, 2)
 
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here, capsys):
@@ -2892,7 +2844,8 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resume
 
 
 @pytest.mark.parametrize("file, method", [
-    ("model.safetensors", MDLM), ("metastate.safetensors", SLOTS), ("resume.pt", MDLM)])
+    ("model.safetensors", MDLM), ("metastate.safetensors", SLOTS), ("resume.pt", MDLM),
+    ("adapter_model.safetensors", [*MDLM, "--lora", "2", "--dtype", "bfloat16"])])
 def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here, file, method):
     options = [*method, "--out", "run", "--steps", 1]
     run_train(*options)
@@ -2906,18 +2859,6 @@ def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here
         bad[rng.randrange(len(good) // 4, len(good) * 3 // 4)] ^= 1 << rng.randrange(8)
         path.write_bytes(bad if i < 8 else good[:rng.randrange(len(good))])
         assert says(why(*load), f"run/{file} truncated corrupted")
-
-
-def test_a_state_that_cannot_be_read_is_named_and_one_that_cannot_be_opened_not_called_corrupted(
-        here):
-    state = Path("runs/pretrained-seed0/resume.pt")
-    state.parent.mkdir(parents=True)
-    state.write_bytes(b"PK")
-    assert says(why(run_train, *RESPONSE), f"{state} cannot be read")
-    state.unlink()
-    state.mkdir()
-    message = why(run_train, *RESPONSE)
-    assert says(message, f"{state} opened") and "corrupt" not in message
 
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
