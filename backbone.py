@@ -582,8 +582,7 @@ def family_of(raw, where):
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: architectures must be a list of one name, not {names!r:.80}")
     if names[0] not in list(FAMILIES):  # names[0] may be a list, which no dict can look up
-        raise ValueError(f"{where}: architecture {names[0]!r:.80} is not supported; known: "
-                         f"{', '.join(FAMILIES)}")
+        raise ValueError(f"{where}: {names[0]!r:.80} is not supported, but {', '.join(FAMILIES)}")
     return FAMILIES[names[0]]
 
 
@@ -609,8 +608,7 @@ def config_from_json(raw, where="config.json"):
         raw["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta")
         plain = dict(PLAIN_ROPE, rope_theta=raw["rope_theta"])
         if any(rope[key] != plain.get(key) for key in rope):
-            raise ValueError(f"{where}: {entry} = {raw[entry]!r:.150} is not supported (only plain "
-                             f"RoPE, with one rope_theta)")
+            raise ValueError(f"{where}: {entry} = {raw[entry]!r:.150} is not supported")
     values = dict(FIXED[family], family=family, conv_width=0)
     if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:  # each ends an answer
         raw["eos_token_id"], *values["extra_stop_ids"] = raw["eos_token_id"]
@@ -743,7 +741,6 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
-    raw.pop("crc32", None)  # a checksum that some files carry, no setting
     return raw
 
 
@@ -839,8 +836,7 @@ def checksum(names, get):
 
 # 8. Adapters in PEFT's format ---------------------------------------------------------------------
 
-# As REQUIRED. Other initial values (pissa, olora, ...) change the base's weights: such an adapter
-# does not fit the published base, and PEFT can convert it.
+# As REQUIRED. Other initial values (pissa, olora, ...) change the base: PEFT can convert those.
 ADAPTER_REQUIRED = dict(dict.fromkeys(
     """use_dora use_rslora rank_pattern alpha_pattern modules_to_save fan_in_fan_out lora_bias
     layer_replication target_parameters trainable_token_indices alora_invocation_tokens arrow_config
@@ -923,8 +919,7 @@ MOE_CHAT = ("{% for m in messages %}<role>{{ m.role | upper | replace('USER', 'H
 
 
 def guess_chat(name, folder):
-    """Do prompts to a published model or adapter go through a chat template, and what says so? A
-    Base model's tokenizer may bring a template all the same, so its name counts first."""
+    """Do prompts go through a chat template, and why? By name: Base tokenizers bring one, too."""
     name = re.sub(r"[/\\]snapshots[/\\]\w+$", "", os.path.abspath(name).lower())  # the hub's cache
     said = re.findall(r"(?<![a-z])(base|instruct|chat|llada-1\.5)(?![a-z\d])", Path(name).name)
     if said:
@@ -985,13 +980,11 @@ def encode(tokenizer, text, cfg=None):
     """Text -> list of ids, which the model with `cfg` must know. ValueError names what is wrong."""
     half = re.search("[\ud800-\udfff]", text)
     if half:
-        raise ValueError(f"the text holds half a character, a lone surrogate {half[0]!r}, at "
-                         f"position {half.start()}")
+        raise ValueError(f"half a character, {half[0]!r}, at position {half.start()}")
     if tokenizer.unk_token is None and "WordLevel" in str(type(tokenizer.backend_tokenizer.model)):
         unknown = sorted(set(text.split()).difference(tokenizer.get_vocab()))
         if unknown:
-            raise ValueError(f"words outside the closed vocabulary: {' '.join(unknown)[:80]} "
-                             f"(python niah.py --vocabulary lists it)")
+            raise ValueError(f"words not in python niah.py --vocabulary: {' '.join(unknown)[:80]}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     if cfg and max(ids, default=0) >= cfg.vocab_size:
         raise ValueError(f"the token {tokenizer.decode([max(ids)])!r} has the id {max(ids)}, but "

@@ -210,10 +210,8 @@ class ClosedBook(MemDLMConfig):
     chunk: int = option(64, "tokens written at a time, one chunk after the other; 0 = all", low=0)
     surprise: float = option(8.0, "gamma, at inference only: a token is written with weight "
                              "(1 - p)^gamma, p its probability before the step", low=0)
-    questions: int = option(4, "consecutive rows that ask about one text and share its phi; the "
-                            "writing costs most", low=1)
-    window: int = option(4, "exact gradient: it goes back through the last chunks of a text, so "
-                         "many of them; 0 = through all", low=0)
+    questions: int = option(4, "consecutive rows that ask about one text and share its phi", low=1)
+    window: int = option(4, "exact gradient: back through so many chunks of a text; 0: all", low=0)
 
 
 def for_backbone(config, inner_on=None):

@@ -30,7 +30,6 @@ Ours:
 - Time: t is the actual mask ratio of the answer.
 - lambda = 0.5, the concentration of the Dirichlet; on the tiny model K = 5, for questions of four
   hops, and a curriculum, without which it does not always learn to use the slots.
-Controls: subclasses behind the loss.
 Run: python train.py --method metastate
 """
 import dataclasses
@@ -55,18 +54,13 @@ class MetaStateConfig:
     slot_dim: int = option(64, "S, width of a slot and of the attention", low=2)
     slot_heads: int = option(4, "H, attention heads", low=1)
     cond_dim: int = option(64, "C, width of the time conditioner", low=2)
-    span: int = option(64, "tokens before the answer over which the slots' places are spread at "
-                           "the start", low=1)
-    inject_layers: tuple = option((0,), "inject before these layers; the number of layers = before "
-                                        "the head", low=0)
+    span: int = option(64, "tokens before the answer that the slots' places cover at first", low=1)
+    inject_layers: tuple = option((0,), "inject before these layers (or their number: the head)", 0)
     read_layer: int = option(-1, "read after this layer; -1 = the last one")
     unroll: int = option(5, "K, denoising steps of a training update", low=1)
-    balance: float = option(0.5, "lambda: share of the loss on all masked tokens; the rest is on "
-                                 "the tokens that a step reveals", low=0, high=1)
-    curriculum: float = option(0.4, "share of the training in which a row reveals all tokens in "
-                                    "one step, after passes over an unchanged canvas", 0, 1)
-    concentration: float = option(0.5, "of the Dirichlet that shares tokens out to the K steps: "
-                                       "small = most of them in one step", low=0.01)
+    balance: float = option(0.5, "lambda: share of the loss on all masked tokens", 0, 1)
+    curriculum: float = option(0.4, "share of the training in which one step reveals all", 0, 1)
+    concentration: float = option(0.5, "of the Dirichlet of reveals; small: most in one step", 0.01)
     memory: str = option("slots", "slots, or a control: reset, detached, feedback, logits",
                          choices=["slots", "reset", "detached", "feedback", "logits"])
 
@@ -84,19 +78,16 @@ class MetaStateConfig:
         layers = sorted(set(self.inject_layers))
         where = f"inject_layers={self.inject_layers}, read_layer={self.read_layer}"
         if not layers or layers[-1] > n_layers or not -n_layers <= self.read_layer < n_layers:
-            raise ValueError(f"{where}: the backbone has layers 0..{n_layers - 1} "
-                             f"(inject at {n_layers}: before the head)")
+            raise ValueError(f"{where}: there are layers 0..{n_layers - 1}; {n_layers} is the head")
         read_layer = self.read_layer % n_layers
         if read_layer + 1 < layers[0]:
-            raise ValueError(f"{where}: the slots are read before they are first injected; read at "
-                             f"or after the first injection")
+            raise ValueError(f"{where}: the slots are read before they are first injected")
         return layers, read_layer
 
 
 def for_backbone(config):
-    """The settings for a backbone: the tiny preset's as above; for a real one slots of width 1,024
-    (0.6 % of LLaDA-8B), injected in the middle, where activations know their positions and half of
-    the layers are left to use what comes in, and K = 4 without our curriculum, as published."""
+    """The tiny preset's settings as above; for a real backbone slots of width 1,024, injected in the
+    middle, where activations know their positions and half of the layers can use what comes in."""
     if config.family == "tiny":
         return MetaStateConfig()
     return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
@@ -107,17 +98,15 @@ def for_backbone(config):
 # 1. The modules -----------------------------------------------------------------------------------
 
 def sinusoid(x, dim, longest):
-    """x (...) real numbers -> (..., dim): pairs of sine and cosine with wavelengths from 4 to
-    4 * longest. The dot product of two codes is dim / 2 where their numbers agree, and falls with
-    their distance."""
+    """x (...) real numbers -> (..., dim): pairs of sine and cosine, wavelengths 4 to 4 * longest.
+    The dot product of two codes falls with the distance of their numbers."""
     frequency = math.pi / 2 * longest ** (-torch.arange(dim // 2, device=x.device) / (dim // 2))
     angles = x[..., None].float() * frequency
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def linear(d_in, d_out, zero=False):
-    """nn.Linear with unit gain, where the default initialisation shrinks a signal by 0.58.
-    zero: starts as the zero map."""
+    """nn.Linear with unit gain (by default it shrinks a signal by 0.58), or (zero) the zero map."""
     layer = nn.Linear(d_in, d_out)
     nn.init.normal_(layer.weight, 0, 0.0 if zero else d_in ** -0.5)
     nn.init.zeros_(layer.bias)
@@ -239,8 +228,7 @@ class Injector(nn.Module):
 # 2. One denoising step with memory ----------------------------------------------------------------
 
 class MetaState(nn.Module):
-    """The trainable part, fp32 whatever the backbone's dtype. It holds parameters only: slots go in
-    and come out."""
+    """The trainable part, in fp32. It holds parameters only: slots go in and come out."""
     def __init__(self, backbone_config, settings):
         super().__init__()
         self.settings = settings
@@ -251,8 +239,7 @@ class MetaState(nn.Module):
     def add_modules(self, D, settings):
         M = settings.num_slots
         self.s0 = nn.Parameter(0.02 * torch.randn(M, settings.slot_dim))
-        # at the start the places are spread evenly over the last `span` tokens of the prompt and
-        # the first span / 8 of the answer
+        # places: at first even over the last `span` tokens of the prompt, span / 8 of the answer
         offsets = torch.linspace(-settings.span, settings.span / 8, M)
         self.read_at = nn.Parameter(self.place_code(offsets))               # (M, S)
         self.write_at = nn.Parameter(self.place_code(offsets))              # (M, S)
@@ -261,9 +248,8 @@ class MetaState(nn.Module):
         self.injectors = nn.ModuleList(Injector(D, settings) for _ in self.inject_layers)
 
     def place_code(self, offset):
-        """The place `offset` tokens from the start of the answer, (...) -> (..., S), the same for
-        each head, in units of the distance between two slots' places at the start. The factor 3
-        lets a slot look at about one place."""
+        """The place `offset` tokens from the start of the answer, (...) -> (..., S), for each head
+        the same. A unit: two slots' first distance. 3: a slot looks at about one place."""
         heads = self.settings.slot_heads
         unit = self.settings.span / self.settings.num_slots
         code = sinusoid(offset / unit, self.settings.slot_dim // heads, longest=64)
@@ -478,8 +464,7 @@ def build(backbone_config, settings):
 # 5. Checkpoints -----------------------------------------------------------------------------------
 
 def save(model, folder, backbone_name, print_of_backbone, chat=None):
-    """metastate.safetensors + metastate.json, which names the backbone (folder or hub name), its
-    fingerprint, and whether prompts go through its chat template (None: as it says)."""
+    """metastate.safetensors, and metastate.json: settings; the backbone's name, fingerprint, chat."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")
@@ -489,8 +474,7 @@ def save(model, folder, backbone_name, print_of_backbone, chat=None):
 
 
 def load(folder, device=None, dtype=None, chat=None):
-    """Returns the model, its backbone, and the backbone's name. ValueError if it was trained on
-    another backbone, or if the files do not fit each other."""
+    """The model, its backbone, the backbone's name. ValueError if they do not fit each other."""
     folder = Path(folder)
     where = folder / "metastate.json"
     entries = read_json(where)

@@ -44,7 +44,6 @@ PLACES = "bathroom bedroom hallway kitchen office cellar".split()
 OBJECTS = "apple football milk".split()
 FILLER_NOUNS = "grass sky sun moon sea road wall door".split()
 FILLER_ADJECTIVES = "green blue yellow white deep long old dark".split()
-# "dropped" is in no text, but old checkpoints count it: without it they would read other words
 FUNCTION_WORDS = "the is . = ? moved took dropped where common list".split()
 
 
@@ -438,8 +437,8 @@ def cost(backbone, jobs, inner):
     batch, length = max(sizes, key=math.prod)
     parts = estimate(backbone.cfg, "adapt", batch, min(length, chunk), 0, inner=inner,
                      weight_bytes=backbone.dtype.itemsize)
-    return (f"{text} and {steps:,} inner steps; memory to write {batch} x {length:,} tokens: "
-            f"{show_estimate(parts)}")
+    parts = show_estimate(parts)
+    return f"{text} and {steps:,} inner steps; memory to write {batch} x {length:,} tokens: {parts}"
 
 
 @torch.no_grad()

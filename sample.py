@@ -90,8 +90,7 @@ class Decoding:
         """The schedule in words: tokens per step and forward passes (LLaDA's orders)."""
         blocks = f"{self.blocks} block(s) of {self.block_length} tokens, left to right; "
         if self.threshold is not None:
-            return (f"{blocks}each step commits every token with confidence >= {self.threshold}, "
-                    "at least one")
+            return f"{blocks}a step commits all tokens as sure as {self.threshold}, or the surest"
         steps = self.steps // self.blocks
         counts = split_evenly(torch.tensor([self.block_length]), steps)[0].tolist()
         runs = ", then ".join(f"{n} x {counts.count(n)}" for n in dict.fromkeys(counts))
@@ -177,8 +176,7 @@ def generate(backbone, prompts, *, attend=None, memory=no_memory, stop_early=Tru
 
 
 def split_evenly(n, steps):
-    """n (B,) tokens over the steps (B, steps), the first n % steps get one more.
-    32 over 12 = 3 x 8, then 2 x 4."""
+    """n (B,) tokens over the steps (B, steps): 32 over 12 = 3 x 8, then 2 x 4."""
     return n[:, None] // steps + (torch.arange(steps, device=n.device) < n[:, None] % steps)
 
 
@@ -290,8 +288,7 @@ def cut(ids, config):
     return ids[:min(ends)] if ends else ids
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line. Everything above takes any memory; from here on it is one of the two.
+# Command line: everything above takes any memory, from here on it is one of the two --------------
 
 def load_arms(checkpoint, device=None, dtype=None, chat=None):
     """A checkpoint -> backbone, tokenizer, {arm: memory}: the plain model, then the memory.
@@ -322,12 +319,8 @@ def inner_loop_settings(folder):
     """What train.py wrote beside a checkpoint; the paper's settings for any other."""
     path = Path(folder) / "memory.json"
     raw = read_json(path) if path.exists() else {}
-    if raw.get("inner_on") == "closed_book":
-        return config_from_dict(memdlm.ClosedBook, raw, path)
-    # older versions wrote the closed book's entries, without effect, beside the paper's
-    unused = dict(masks=0, chunk=0, surprise=0, questions=1, window=0)
-    raw = {name: value for name, value in raw.items() if unused.get(name) != value}
-    return config_from_dict(memdlm.MemDLMConfig, raw, path)
+    closed = raw.get("inner_on") == "closed_book"
+    return config_from_dict(memdlm.ClosedBook if closed else memdlm.MemDLMConfig, raw, path)
 
 
 def write_texts(backbone, tokenizer, texts, inner, phi=None, cover=None):
@@ -370,13 +363,12 @@ def peak_memory():
 
 
 def join_ranks(cfg):
-    """Under torchrun: one device for each process. The current CUDA device is set before anything
-    touches CUDA, because NCCL and fully_shard put what they make on the current one."""
+    """Under torchrun: one device for each process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
-    if on_gpu:
+    if on_gpu:  # first of all: NCCL and fully_shard put what they make on the current device
         torch.cuda.set_device(local)
     # one rank may wait for another's longest text; a dead one is torchrun's to notice
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))

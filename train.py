@@ -1,7 +1,6 @@
 """Training: one loop per method; data, checkpoints and evaluation around them.
 
-Papers: MDLM / LLaDA (the plain loss), MemDLM (arXiv 2603.22241, bilevel loss), MetaState
-(2603.01331, K-step unrolling).
+Papers: LLaDA (the plain loss), MemDLM (2603.22241, bilevel), MetaState (2603.01331, unrolled)
 Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm,
 train_memdlm, train_metastate. Read those first; the rest is plumbing:
   main -> plan: flags and config.json -> settings
@@ -73,12 +72,10 @@ class TrainConfig:
     beta2: float = option(None, "AdamW's second beta", low=0, high=0.999999)
     weight_decay: float = option(None, "AdamW's, for matrices", low=0)
     loss_weight: str = option(None, "1/t: the likelihood bound", choices=["uniform", "1/t"])
-    plain_share: float = option(0.25, "closed book: share of plain MDLM batches, on --tasks; they "
-                                "keep predictable words out of phi", low=0, high=1)
+    plain_share: float = option(0.25, "closed book: share of plain MDLM batches, on --tasks", 0, 1)
     full_share: float = option(None, "share of batches with the prompt masked too", low=0, high=1)
     length: int = option(64, "niah: longest training text, in tokens (closed book: a quarter)", 0)
-    chat: bool = option(None, "prompts go through the chat template (default: as the data or the "
-                        "backbone say)")
+    chat: bool = option(None, "prompts go through the chat template (default: as data, backbone)")
     max_len: int = option(4096, "JSONL: longer examples are left out, and counted", low=2)
     lora: int = option(None, "rank of the LoRA, alpha = 2 r; 0 = all weights are trained", low=0)
     lora_dropout: float = option(None, "dropout before the LoRA", low=0, high=0.99)
@@ -215,8 +212,7 @@ ARMS = {"off": "no memory", "on": "phi, adapted to the prompt by the inner loop"
 # 2. Data ------------------------------------------------------------------------------------------
 
 class Example(NamedTuple):
-    """Ids of one example. Only the closed book has a text, which is written into phi and hidden;
-    everything else has it in the prompt."""
+    """Ids of one example. Only the closed book has a text, to be written into phi and hidden."""
     text: list
     prompt: list
     response: list
@@ -229,19 +225,16 @@ def niah_examples(tokenizer, model_cfg, samples, closed=False):
                                     response=s.answer), tokenizer, model_cfg, closed)
                 for s in samples]
     # word by word: for the hundreds of texts of a step encode_example would be too slow
-    number = tokenizer.get_vocab()
-    examples = []
+    number, examples = tokenizer.get_vocab(), []
     for s in samples:
-        prompt = [number[word] for word in s.prompt.split()]
-        answer = [number[word] for word in s.answer.split()]
+        prompt, answer = ([number[word] for word in text.split()] for text in (s.prompt, s.answer))
         hidden = len(s.text.split()) if closed else 0
         examples.append(Example(prompt[:hidden], prompt[hidden:], [*answer, model_cfg.eos_id]))
     return examples
 
 
 def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
-    """A JSONL file -> list of Examples. ValueError names file and line of what is wrong; examples
-    longer than max_len are left out and counted."""
+    """A JSONL file -> Examples; those longer than max_len tokens are left out and counted."""
     def read(raw, size):
         if isinstance(raw, dict):
             raw = {key: value for key, value in raw.items() if value is not None}
@@ -258,8 +251,7 @@ def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
     if len(fit) < len(examples):
         print(f"{path}: left out {len(examples) - len(fit)} examples longer than {max_len} tokens")
     if len(fit) < 2:
-        raise ValueError(f"{path}: {len(fit)} usable examples, at least 2 are needed (one is held "
-                         f"out)")
+        raise ValueError(f"{path}: {len(fit)} usable examples; 2 are needed, one is held out")
     return fit
 
 
@@ -293,8 +285,8 @@ def encode_example(raw, tokenizer, model_cfg, closed):
 
 
 def collate(examples, model_cfg, width, generator):
-    """Contexts and prompts padded on the left, responses filled up with end-of-text to at least
-    `width` tokens. End-of-text is maskable and learned, as in LLaDA's SFT."""
+    """Texts and prompts padded on the left, responses filled up to `width` or more tokens with
+    end-of-text, which is masked and learned, as in LLaDA's SFT."""
     prompts, attend = left_pad([e.text + e.prompt for e in examples], model_cfg.pad_id, "cpu")
     width = max(width, *(len(e.response) for e in examples))
     responses = torch.tensor([e.response + [model_cfg.eos_id] * (width - len(e.response))
@@ -336,8 +328,7 @@ class Run:
         self.rank, self.world = ranks()
         self.cfg = cfg
         self.plan = plan(cfg, inner_options, meta_options, self.world)
-        self.inner = self.plan.inner
-        self.closed = self.plan.closed
+        self.inner, self.closed = self.plan.inner, self.plan.closed
         self.out = Path(cfg.out)
         if self.rank == 0:
             loss = self.inner.inner_on if cfg.method == "memdlm" else cfg.method
@@ -351,9 +342,8 @@ class Run:
         self.device = default_device(cfg.device)
         needed, there = sum(self.plan.sizes.values()), device_memory(self.device)
         if needed > there:
-            raise ValueError(f"this needs {needed / 1e9:.1f} GB, more memory than {self.device} "
-                             f"has ({there / 1e9:.1f} GB): try a smaller --batch_size or "
-                             f"--max_len, --lora, --checkpointing")
+            raise ValueError(f"this needs {needed / 1e9:.1f} GB, more memory than {self.device} has"
+                             f" ({there / 1e9:.1f} GB): smaller --batch_size or --max_len, --lora?")
         dtype = cfg.dtype and getattr(torch, cfg.dtype)
         source = "tiny" if self.plan.to_pretrain else cfg.source
         self.tokenizer = niah.tiny_tokenizer() if source == "tiny" else load_tokenizer(source)
@@ -368,9 +358,8 @@ class Run:
                              f"most steps to change one: add --dtype float32")
         self.examples = self.held_examples = None
         if cfg.data != "niah":
-            model_cfg = self.backbone.cfg
-            max_len = min(cfg.max_len, model_cfg.max_len)
-            rows = read_jsonl(cfg.data, self.tokenizer, model_cfg, max_len, self.closed)
+            max_len = min(cfg.max_len, self.backbone.cfg.max_len)
+            rows = read_jsonl(cfg.data, self.tokenizer, self.backbone.cfg, max_len, self.closed)
             held = max(1, min(64, len(rows) // 10))
             self.examples, self.held_examples = rows[:-held], rows[-held:]
         if cfg.steps is None:
@@ -384,8 +373,7 @@ class Run:
         self.backbone.checkpointing = cfg.checkpointing
         self.width = niah.BUDGET if self.examples is None else 0        # of an answer, at least
         self.exact_step = self.inner.exact_from * cfg.steps
-        self.first_step = 0
-        self.seconds = 0.0
+        self.first_step, self.seconds = 0, 0.0
         self.fingerprint = metastate.fingerprint(self.backbone)         # before layers are split
         self.content = zlib.crc32(json.dumps(self.examples).encode())
         self.add_memory()
@@ -401,9 +389,8 @@ class Run:
     def add_memory(self):
         """The arms, plain first; the loss of the watched one is logged."""
         cfg = self.cfg
-        self.meta = None
+        self.meta, self.watched, self.passes = None, "off", 1
         self.arms = {"off": no_memory, "on": memdlm.memory_of(self.inner)}
-        self.watched, self.passes = "off", 1
         if cfg.method == "metastate":
             torch.manual_seed(cfg.seed)
             self.meta = metastate.build(self.backbone.cfg, self.plan.meta).to(self.device)
@@ -412,8 +399,7 @@ class Run:
             self.arms = {"frozen": no_memory, self.watched: self.meta.memory()}
 
     def make_optimizer(self):
-        """Choose what is trained: all weights, the LoRA (a new one or that of the adapter), or the
-        slots' modules."""
+        """Choose what is trained: all weights, a LoRA (new or the adapter's), or MetaState."""
         cfg = self.cfg
         if cfg.lora and self.plan.base is None:
             self.backbone.add_lora(cfg.lora, 2 * cfg.lora, cfg.seed)
@@ -475,9 +461,8 @@ class Run:
                                  f"{self.cfg.seed} {step}", "train", count)
 
     def closed_samples(self, step, rng):
-        """Texts with some questions each. At first the facts stand alone; when the gradient becomes
-        exact (with --exact_from 1: after 60 %) they lie among ever more filler, in the end up to
-        four times the usual length, in several chunks."""
+        """Texts with some questions each: first facts alone; once the gradient is exact (at the
+        latest after 60 %) among ever more filler, in the end up to four times the usual length."""
         c, length = self.cfg.length, 0
         alone = min(self.exact_step, 0.6 * self.cfg.steps)
         if step >= alone:
@@ -557,8 +542,7 @@ class Run:
         return sum(r["recall"] for r in rows) / n
 
     def held_out_loss(self, memory, passes=1):
-        """Mean CE per masked token on held-out data, after `passes` passes over the same canvas.
-        memory: as in sample.generate."""
+        """Mean CE per masked token on held-out data, after so many passes over the same canvas."""
         def logits_of(rows, xt, masked):
             predict, state = memory(self.backbone, xt, rows.attend, int(rows.given[0].sum()))
             ratio = masked.sum(1) / (~rows.given).sum(1)                # (B,)
@@ -600,8 +584,7 @@ class Run:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def save(self, done):
-        """resume.pt holds everything needed to go on; beside it the checkpoint as sample.py and
-        niah.py read it."""
+        """resume.pt holds all that is needed to go on; beside it lies what sample.py reads."""
         if self.rank > 0:
             return
         state = dict(step=done, seconds=self.seconds, settings=self.settings(),
@@ -777,22 +760,19 @@ def plan(cfg, inner_options, meta_options, world=1):
 
 
 def find_base(cfg):
-    """The backbone under the adapter that training starts from, or None. ValueError if --lora asks
-    for another rank than the adapter's own."""
+    """The backbone under the adapter that training starts from, or None."""
     folder = Path("tiny") if cfg.source == "tiny" else find_folder(cfg.source, weights=False)
     if not (folder / "adapter_config.json").exists():
         return None
     rank = adapter_config(folder).r
     if cfg.lora not in (None, rank):
-        raise ValueError(f"--lora {cfg.lora}: {cfg.source} is an adapter of rank {rank}; leave "
-                         f"--lora out, or start from its base")
+        raise ValueError(f"--lora {cfg.lora}: {cfg.source} is an adapter of rank {rank}; omit it")
     cfg.lora = None if cfg.method == "metastate" else rank
     return adapter_base(folder)
 
 
 def fill_in(cfg, family, closed):
-    """Replace every None by what it stands for here, but for steps that follow from epochs;
-    returns the key of DEFAULTS."""
+    """Replace every None by what it stands for, but steps that follow from epochs -> the stage."""
     if cfg.method == "metastate":
         stage = "metastate"
     elif family != "tiny":
@@ -843,8 +823,7 @@ def train(run):
 
 def report(run):
     """What the memory does: off first, then on, controls; and how to go on."""
-    cfg = run.cfg
-    model = run.backbone, run.tokenizer
+    cfg, model = run.cfg, (run.backbone, run.tokenizer)
     what, arms, flag, lengths = ARMS, run.arms, "", "64 128 256"
     # two, so that no lucky guess hides what the memory does
     prompts = ('"the sky is blue . river = 47 . stone = 12 . ? river =" '
@@ -889,14 +868,12 @@ def report(run):
 def main():
     parser = argparse.ArgumentParser(
         description="Train a masked-diffusion LM, plain or with a memory. `--method memdlm` alone "
-                    "runs on a laptop in minutes: it trains a tiny model whose weights can be "
-                    "written to, and prints what they remember of a text that is hidden.")
+                    "trains a tiny model in minutes and prints what its weights remember.")
     add_flags(parser, TrainConfig)
     for title, cls in (("MemDLM", ClosedBook), ("MetaState", MetaStateConfig)):
         group = parser.add_argument_group(f"{title}; defaults depend on the backbone")
         add_flags(group, cls, defaults=False)
-    parser.add_argument("--estimate", action="store_true", help="print the memory that training "
-                        "would need, and stop (reads config.json only)")
+    parser.add_argument("--estimate", action="store_true", help="print the memory needed, and stop")
     args = parser.parse_args()
     cfg = TrainConfig(**given_flags(TrainConfig, args))
     join_ranks(cfg)
