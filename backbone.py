@@ -10,7 +10,7 @@ Equations: q(x_t | x_0) -> corrupt; the masked loss -> masked_loss
 Shapes: B batch, L tokens, V vocabulary, D width, H heads, d head width, N chosen positions, r rank
 Convention: logits[:, i] predicts token i in every family. Dream reads that prediction one position
 to the left; `head` does so. t = 0 is clean, t = 1 all masked; one t per row.
-Read as: padding is never attended to, and positions count from the first real token, so a row gives
+Holds: padding is never attended to, and positions count from the first real token, so a row gives
 the same logits alone and inside any padded batch.
 Left out: causal attention, KV caches (the canvas changes), LLaDA2's block mask, dropout but LoRA's.
 """
@@ -333,7 +333,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """For training from noise; output projections are zero: each block starts as identity."""
+        """For training from noise. Output projections are zero: a block starts out as nothing."""
         for name, p in self.named_parameters():
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
                 p.zero_()
@@ -413,7 +413,7 @@ def answer_start(given):
 
 
 # ==================================================================================================
-# Below: reading official checkpoints; not needed to follow the papers.
+# Below: flags, files, official checkpoints, tokenizers; not needed to follow the papers.
 # ==================================================================================================
 # 5. Command lines and settings: fields of a configuration, flags and entries of files, all alike.
 

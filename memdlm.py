@@ -9,14 +9,14 @@ Equations: Eq. 5 -> loss_memdlm; Eq. 6 -> inner_step; Eq. 7 -> adapt_to_response
 Shapes: B batch, L tokens, D width, V vocabulary, r rank, N masked positions (row-major)
 The paper stands above the line of =, ours below: the closed book, what `train.py --method memdlm`
 trains on the tiny model. Where the paper is silent, or its code differs:
-- Whose phi? A sample's (first abstract), "a batch" (section 3), its 2 rows' (code). Here: a
-  sample's. phi_0 has B = 0, and A from the seed and the row's own prompt.
-- Stage 1 targets all masked tokens (section 4.6, code; 0.684 on BABILong), not only those that the
-  anchor reveals (x_t, as Eq. 7 is printed; 0.668).
+- Whose phi? A sample's (abstract), "a batch" (section 3), one for the 2 rows of a batch (code).
+  Here: a sample's. phi_0 has B = 0, and A from the seed and the row's own prompt.
+- Stage 1 targets all masked tokens (section 4.6, code; BABILong 0.684), not only those that the
+  anchor reveals (x_t, as Eq. 7 is printed; BABILong 0.668).
 - Inner loss: a mean over masked tokens, times 1 / mask ratio on a response, 1 on a prompt (code).
-- Clipping: each tensor of each sample alone (section 4.4: 0.684; one norm for all: 0.632).
+- Clipping: each tensor of each sample alone (section 4.4; BABILong 0.684), not all by one (0.632).
 - phi on gate, up and down (text); the code's default names find one of them on LLaDA-8B.
-- Pre-anchor count floor(s_pre k); the code's float32 loses one in a sixth of the cases (n 14, k 6).
+- The pre-anchor masks floor(s_pre k) tokens; the code's float32 at times one fewer.
 - A prompt's mask: exactly a fifth; code: each token with probability 0.2, LoRA's dropout active.
 Beware: the inner loop sees the labels that the loss scores: a low training loss proves nothing.
 """
@@ -32,7 +32,7 @@ from backbone import LowRank, corrupt, masked_loss, option, smallest
 
 @dataclass
 class MemDLMConfig:
-    """The inner loop of section 4.1."""
+    """The inner loop of section 4.1; exact_from, and two choices of inner_on, are ours."""
     rank: int = option(32, "r of the fast weights", low=1)
     alpha: float = option(64.0, "the change of a matrix is scaled by alpha / r", low=0)
     fraction: float = option(0.1, "share of the layers, from the top, whose FFN carries phi", 0, 1)
@@ -84,7 +84,7 @@ def inner_step(backbone, phi, h, ctx, x0, masked, weight, inner, exact=False,
     h (B, L, D): the trunk's output on the state; x0, masked (B, L); weight (B,). exact: keep the
     graph for the outer loss. token_weight: cross-entropies (N,) -> (N,), here 1 for every token."""
     if not exact:
-        # Eq. 10, first order: phi and the state are constants of the outer backward pass
+        # Eq. 10, first order, d phi_k / d theta := 0: here phi and h are constants
         phi = {name: w.map(torch.Tensor.detach) for name, w in phi.items()}
         h = h.detach()
     factors = [x.requires_grad_() for w in phi.values() for x in (w.A, w.B)]
@@ -138,7 +138,7 @@ def adapt_to_response(backbone, x0, given, attend, t, u, inner, seed=0, exact=Fa
     (h_pre, masked_pre), (h, masked) = states
     w_pre, w = ((~given).sum(1) / m.sum(1).clamp(min=1) for _, m in states)    # 1 / mask ratio
     phi = init_phi(backbone, row_seeds(x0, given & attend, seed), inner)
-    # Eq. 7, stage 1, pre-anchor: xt_pre -> x0
+    # Eq. 7, stage 1, pre-anchor: xt_pre -> x0 (not x_t: see the header)
     phi = inner_step(backbone, phi, h_pre, ctx, x0, masked_pre, w_pre, inner, exact)
     # Eq. 8, stage 2, anchor to target: xt -> x0
     phi = inner_step(backbone, phi, h, ctx, x0, masked, w, inner, exact)
@@ -260,7 +260,7 @@ def write_text(backbone, ids, attend, book, seed=0, phi=None, exact=False,
 
 def write_chunk(backbone, phi, ids, attend, targets, book, exact, token_weight):
     """One inner step on each of the complementary masks of a chunk; ids, attend, targets (B, l)."""
-    # every n-th token: a value is never masked together with the key beside it
+    # every n-th token: with four masks no value is masked together with its key
     number = targets.long().cumsum(1)                                                   # (B, l)
     masks = [targets & (number % book.masks == k) for k in range(book.masks)]
     xt = torch.cat([ids.masked_fill(m, backbone.cfg.mask_id) for m in masks])
@@ -285,14 +285,15 @@ def loss_closed_book(backbone, x0, text, given, attend, t, u, weight, n_maskable
     paper's two steps write them.) A batch without a text is plain MDLM. The rest: loss_memdlm."""
     phi = None
     if text.any():
-        closed = isinstance(inner, ClosedBook)
-        shared = inner.questions if closed else 1
+        shared = getattr(inner, "questions", 1)
         end = int(text.any(0).nonzero().max()) + 1
         ids, own = x0[::shared, :end], text[::shared, :end]
+        # texts to the right: a row's chunks do not depend on the length of other rows' questions
+        order = own.long().argsort(dim=1, stable=True)
+        ids, own = ids.gather(1, order), own.gather(1, order)
         # one A a step, from its seed: training is faster than with one for each row
         phi_0 = init_phi(backbone, [seed] * len(ids), inner)
-        # attend = own: a longer question begins left of `end`, and must stay unread
-        write = write_text if closed else adapt_to_prompt
+        write = write_text if isinstance(inner, ClosedBook) else adapt_to_prompt
         phi = write(backbone, ids, own, inner, seed, phi_0, exact)
         phi = {name: w.map(lambda x: x.repeat_interleave(shared, 0)) for name, w in phi.items()}
         # columns that no row sees can go: positions count from the first visible token

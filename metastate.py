@@ -25,11 +25,10 @@ Ours:
 - The Injector's output projection starts at zero: an untrained MetaState is the frozen backbone.
 - Positions: a sinusoidal code of the offset from the start of the answer, on the Mixer's keys and
   the Injector's queries; each slot has a learned place to read at and one to write at. At the
-  embedding all masks look the same, so without it nothing is learned; with it, slots reach hardly
-  farther than the texts they were trained on.
+  embedding all masks look the same, so without it nothing is learned.
 - Time: t is the actual mask ratio of the answer.
-- lambda = 0.5, the concentration of the Dirichlet; on the tiny model K = 5, for questions of four
-  hops, and a curriculum, without which it does not always learn to use the slots.
+- lambda = 0.5; a Dirichlet of concentration 0.5 (real models: 1); on the tiny model K = 5, for
+  four hops, and a curriculum, without which it does not always learn to use the slots.
 Run: python train.py --method metastate
 """
 import dataclasses
@@ -86,8 +85,8 @@ class MetaStateConfig:
 
 
 def for_backbone(config):
-    """The tiny preset's settings as above; for a real backbone slots of width 1,024, injected in the
-    middle, where activations know their positions and half of the layers can use what comes in."""
+    """The tiny preset's settings, as above; for a real backbone slots of width 1,024, injected in
+    the middle, where activations know their positions and half of the layers can use them."""
     if config.family == "tiny":
         return MetaStateConfig()
     return MetaStateConfig(num_slots=64, slot_dim=1024, slot_heads=16, cond_dim=1024, span=1024,
@@ -249,7 +248,7 @@ class MetaState(nn.Module):
 
     def place_code(self, offset):
         """The place `offset` tokens from the start of the answer, (...) -> (..., S), for each head
-        the same. A unit: two slots' first distance. 3: a slot looks at about one place."""
+        the same, in units of span / M. The factor 3 lets a slot look at about one place."""
         heads = self.settings.slot_heads
         unit = self.settings.span / self.settings.num_slots
         code = sinusoid(offset / unit, self.settings.slot_dim // heads, longest=64)
@@ -464,7 +463,7 @@ def build(backbone_config, settings):
 # 5. Checkpoints -----------------------------------------------------------------------------------
 
 def save(model, folder, backbone_name, print_of_backbone, chat=None):
-    """metastate.safetensors, and metastate.json: settings; the backbone's name, fingerprint, chat."""
+    """metastate.safetensors; metastate.json: settings, the backbone's name, fingerprint, chat."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(model.named_parameters()), folder / "metastate.safetensors")

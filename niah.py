@@ -239,7 +239,7 @@ TASKS = {
     # The same with RULER's 4 hops, and lines shuffled, so that no reading order helps.
     "tracking4": partial(chains, "tracking4", hops=4, shuffled=True),
     "resolve": resolve, "common": common, "stories": stories}
-# No backbone is pretrained on these: facts is for fast weights, more_hops asks slots to walk on
+# No backbone is pretrained on these: facts is for fast weights, more_hops for longer walks of slots
 ALL_TASKS = {**TASKS, "facts": facts, "more_hops": partial(resolve, least=5, most=6)}
 
 

@@ -2,17 +2,17 @@
 
 Papers: LLaDA (arXiv 2502.09992), Dream (2508.15487: four orders), Fast-dLLM (2505.22618: threshold)
 Idea: predict all masked tokens at once, commit the few one is surest of, repeat. What a step knew
-beyond the committed tokens is lost before the next one; the two memories are two ways to keep it.
-So the loop takes the memory as an argument: `memory(backbone, xt, attend, start) -> predict, state`
-is called once, `predict(xt, t, state, at) -> logits, state` at every step. Without memory the state
-is None, for MetaState the slots (with phi and what was read), for MemDLM the fast weights phi.
+beyond the committed tokens is lost before the next one. MetaState carries it on in slots; MemDLM
+writes the prompt into weights that all steps use. So the loop takes the memory as an argument:
+  memory(backbone, xt, attend, start) -> predict, state       once
+  predict(xt, t, state, at) -> logits, state                  at every step
+  state: None without memory; phi with MemDLM; (slots, phi or None, what was read) with MetaState
 Shapes: B batch, L canvas = prompt (left-padded) + answer, V vocabulary, N chosen positions
-Read as: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
+Holds: token for token the official samplers in fp32 (test_all.py holds ten-line references; in
 bf16 a row may come out differently alone and padded in a batch, as theirs do), except that
 - a row whose end-of-text has no mask before it is finished and takes no further part (where Dream
   draws random numbers it does, for its neighbours' sake: what comes behind the end is dropped);
-- eos = last keeps end-of-text and end-of-turn for last at every temperature; the official flag, by
-  a chained assignment, above 0 only the end of turn;
+- eos = last holds back both stop tokens at any temperature, the official flag above 0 only one;
 - with noise and steps > gen_length the official loop draws on after a block is full, this one not;
 - Dream in bf16 is never silently greedy (see dream_token);
 - a [MASK] written in a prompt is text: it is never filled in and uses up no commits.

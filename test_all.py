@@ -2174,6 +2174,18 @@ def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_promp
     assert torch.equal(batch.x0[0], batch.x0[1])
 
 
+def test_the_closed_books_loss_is_a_sum_over_rows_however_long_the_questions_of_the_others(tiny):
+    rows = [train.Example(list(range(20, 29)), [5, 6], [9, 2]),
+            train.Example(list(range(40, 46)), [7] * 7, [8, 2])]
+
+    def loss(rows):
+        b = train.collate(rows, BackboneConfig(), 2, torch.Generator())
+        one = torch.ones(len(rows))
+        return memdlm.loss_closed_book(tiny[0], b.x0, b.text, b.given, b.attend & ~b.text, one, b.u,
+                                       one, 4, dataclasses.replace(CLOSED, questions=1))
+    torch.testing.assert_close(loss(rows), loss(rows[:1]) + loss(rows[1:]))
+
+
 def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(quick, monkeypatch):
     """Rows that share one phi must ask about one text; the rows of a file are shuffled."""
     write_lines("book.jsonl", BOOK * 10)

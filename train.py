@@ -1,15 +1,15 @@
 """Training: one loop per method; data, checkpoints and evaluation around them.
 
 Papers: LLaDA (the plain loss), MemDLM (2603.22241, bilevel), MetaState (2603.01331, unrolled)
-Idea: all three methods see the same data and differ in the few lines of their loop: train_mdlm,
-train_memdlm, train_metastate. Read those first; the rest is plumbing:
-  main -> plan: flags and config.json -> settings
-       -> Run.load: backbone, data, memory, optimizer
+Idea: the three methods differ in the few lines of their loop: train_mdlm, train_memdlm,
+train_metastate. Read those first; the rest is plumbing:
+  main -> Run, by plan: flags and config.json -> settings
+       -> Run.load: backbone (tiny: first pretrained, if need be), data, memory, optimizer
        -> train: the loop of the method. A step: Run.steps (log, checkpoint) -> Run.batch
           (chosen -> collate) -> Run.micro_batches -> a loss -> Run.sum_over_ranks -> AdamW
        -> report: held-out loss and recall, memory off and on
 Shapes: B rows of the whole batch (all micro-batches, all ranks), L tokens
-Read as: every random number of a step comes from (seed, step), never from a running state. So a
+Holds: every random number of a step comes from (seed, step), never from a running state. So a
 resumed run is bit for bit the run that was not killed, and any split of a batch over micro-batches
 or ranks gives the same loss (but for the dropout of a LoRA, which is drawn by each rank).
 Left out: mixed precision beyond bf16 weights with fp32 adapters, 4-bit weights.
@@ -54,13 +54,13 @@ from sample import (device_memory, estimate, join_ranks, left_pad, no_memory, pe
 
 @dataclass
 class TrainConfig:
-    """The only defaults; the command line is built from these fields. None: see DEFAULTS."""
+    """The command line is built from these fields. None: by the rest of the command, see plan."""
     method: str = option("memdlm", "which loop trains", choices=["mdlm", "memdlm", "metastate"])
     backbone: str = option("tiny", "tiny, a hub name such as GSAI-ML/LLaDA-8B-Base, or a folder")
     init: str = option(None, "checkpoint to start from (tiny: pretrained once where it is needed)")
     data: str = option("niah", "niah (made on the fly) or a JSONL file of {\"prompt\", "
                        "\"response\"} or {\"messages\"}; for the closed book with a \"context\"")
-    tasks: list = option(None, "niah tasks (default: all; metastate: half of the rows are resolve)",
+    tasks: list = option(None, "niah tasks (default: the first eight; metastate: half resolve)",
                          choices=list(niah.ALL_TASKS))
     out: str = option(None, "output folder (default: runs/METHOD)")
     steps: int = option(None, "optimizer steps", low=1)
@@ -94,8 +94,8 @@ class TrainConfig:
         return self.init or self.backbone
 
 
-# What None stands for, by what is trained. The tiny rates and steps are ours. "published" is
-# MemDLM's recipe, for every backbone but tiny: section 4.1, and the authors' scripts for what it
+# What None stands for, by what is trained. Rates and steps are ours, but for "published", MemDLM's
+# recipe (mdlm and memdlm on real backbones): section 4.1, and the authors' scripts for what it
 # leaves open (betas, decay, dropout, weight of the loss).
 TINY = dict(warmup=0.03, beta2=0.98, weight_decay=0.01, loss_weight="uniform", lora=0,
             lora_dropout=0.0, tasks=list(niah.TASKS))
@@ -149,7 +149,7 @@ def train_mdlm(run):
 
 
 def train_memdlm(run):
-    """Bilevel: the inner loop writes into each row's phi, the outer loss trains theta given phi."""
+    """Bilevel: the inner loop writes into phi, the outer loss trains theta given phi."""
     for step in run.steps():
         # 1. A batch of clean tokens, t and u for each row
         batch, n_maskable = run.batch(step)
@@ -429,7 +429,7 @@ class Run:
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         closed = self.closed and rng.random() >= cfg.plain_share
         batch = collate(self.chosen(step, rng, closed), self.backbone.cfg, self.width, generator)
-        # from noise, lookup has to emerge before half of the gradient goes to the prompts
+        # a new model first learns to look up, then to write prompts, too
         ready = self.plan.stage != "pretrain" or step > 0.5 * cfg.steps
         if closed:
             batch = hidden_text(batch, generator)
@@ -461,8 +461,8 @@ class Run:
                                  f"{self.cfg.seed} {step}", "train", count)
 
     def closed_samples(self, step, rng):
-        """Texts with some questions each: first facts alone; once the gradient is exact (at the
-        latest after 60 %) among ever more filler, in the end up to four times the usual length."""
+        """Texts with some questions each: first facts alone; once the gradient is exact, or after
+        60 %, among ever more filler, in the end up to four times the usual length."""
         c, length = self.cfg.length, 0
         alone = min(self.exact_step, 0.6 * self.cfg.steps)
         if step >= alone:
@@ -719,7 +719,7 @@ class Plan(NamedTuple):
     to_pretrain: bool           # the tiny backbone has to be pretrained first
     stage: str                  # key of DEFAULTS
     rows: int                   # of an optimizer step: all micro-batches, all ranks
-    length: int                 # tokens of the longest row
+    length: int                 # tokens of the longest row (closed book: four times --length)
     sizes: dict                 # bytes by kind, see sample.estimate
 
 
@@ -733,7 +733,7 @@ def plan(cfg, inner_options, meta_options, world=1):
         model_cfg = config_from_json(read_json(path), path)
     meta = dataclasses.replace(metastate.for_backbone(model_cfg), **meta_options)
     meta.check(model_cfg.n_layers)
-    # a backbone that was not trained to be written to is read with the paper's inner loop
+    # other methods' backbones write a prompt as published: they were not trained to be written to
     default = None if cfg.method == "memdlm" else "response"
     inner = memdlm.for_backbone(model_cfg, inner_options.get("inner_on", default))
     ours = inner_options.keys() - vars(inner).keys()
@@ -751,7 +751,7 @@ def plan(cfg, inner_options, meta_options, world=1):
     if shared > 1 and (cfg.batch_size % shared or not closed or cfg.data != "niah"):
         raise ValueError(f"--questions {shared}: only the closed book on niah texts asks so often; "
                          f"--batch_size must be a multiple of it, not {cfg.batch_size}")
-    length = cfg.length + niah.BUDGET if cfg.data == "niah" else cfg.max_len
+    length = cfg.length * (4 if closed else 1) + niah.BUDGET if cfg.data == "niah" else cfg.max_len
     weight_bytes = 4 if cfg.dtype == "float32" or model_cfg.family == "tiny" else 2
     sizes = estimate(model_cfg, cfg.method, cfg.batch_size, length, cfg.lora, 1.0, inner, meta,
                      weight_bytes, cfg.checkpointing)
