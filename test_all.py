@@ -3025,15 +3025,13 @@ def build_on(device, cfg):
 
 def bench_passes(model, meta, b):
     """{name: one denoising pass, with the logits of the answer, or writing of the prompts}."""
-    at = ~b.given
-    start = at.shape[1] // 2
+    at, start = ~b.given, b.x0.shape[1] // 2
     xt = b.x0.masked_fill(at, model.cfg.mask_id)
-    ctx = model.context(xt)
 
     def write(rows=slice(None)):
         return memdlm.adapt_to_prompt(model, b.x0[rows, :start], b.attend[rows, :start],
                                       MemDLMConfig())
-    phi = write()
+    ctx, phi = model.context(xt), write()
     passes = {"denoising pass, plain": lambda: model(xt, None, at),
               "denoising pass, with phi": lambda: model(xt, None, at, phi),
               "denoising pass, with slots": lambda: meta.step(model, ctx, xt, b.t, None, at, start),
@@ -3046,9 +3044,7 @@ def bench_passes(model, meta, b):
 
 def bench_loss(method, model, meta, b):
     """A method's training loss of the batch."""
-    B, L = b.x0.shape
-    n_answer = int((~b.given).sum())
-    inner = MemDLMConfig()
+    (B, L), inner, n_answer = b.x0.shape, MemDLMConfig(), int((~b.given).sum())
     if method == "metastate":
         K = meta.settings.unroll
         reveals = torch.full((B, K), L // 2 // K, device=model.device)
@@ -3073,10 +3069,10 @@ class Flops(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
         if function._overloadpacket in flop_registry:
-            count = flop_registry[function._overloadpacket]
-            self.total += count(*args, **kwargs or {}, out_val=out)
+            self.total += flop_registry[function._overloadpacket](*args, **kwargs, out_val=out)
         return out
 
 
@@ -3108,14 +3104,13 @@ def bench_from_disk(folder, family, device):
               f"{sample.peak_memory() / 1e9:.1f} GB", flush=True)
         return result
     ids = torch.arange(3, 67, device=device)[None]
-    with torch.no_grad():
-        model = timed("load six files", load_backbone, base, device)
-        logits = timed("a pass over 64 tokens", model, ids, None, ids < 7)
-        timed("save", bb.save_backbone, model, folder / "saved")
-        del model
-        model = timed("load what was saved", load_backbone, folder / "saved", device)
-        print("its logits are equal bit for bit:", torch.equal(model(ids, at=ids < 7), logits))
-        del model
+    model = timed("load six files", load_backbone, base, device).requires_grad_(False)
+    logits = timed("a pass over 64 tokens", model, ids, None, ids < 7)
+    timed("save", bb.save_backbone, model, folder / "saved")
+    del model
+    model = timed("load what was saved", load_backbone, folder / "saved", device)
+    print("its logits are equal bit for bit:", torch.equal(model(ids, at=ids < 7), logits))
+    del model
     run = shlex.split(f"--method memdlm --backbone '{base}' --data '{data}' --out '{folder}/run' "
                       f"--steps 2 --save_every 1 --batch_size 1 --max_len 64 --n_eval 0 "
                       f"--device {device}")
@@ -3150,7 +3145,7 @@ def bench(argv):
     print(f"{cfg.family} on {name}, {memory / 1e9:.1f} GB to use, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {rows} x {length:,} tokens, half of them the answer"
           f"\n{UNITS}")
-    estimates = {}
+    estimates = {"official": 0}
     for method in [*STEPS][:-1]:
         parts = train.estimate(cfg, method, batch=rows, length=length, scored=0.5,
                                lora=0 if method == "metastate" else LORA, meta_cfg=meta_cfg)
@@ -3167,8 +3162,8 @@ def bench(argv):
           f"{'ms':>11}{'tokens/s':>11}{'TFLOP/s':>11}{'peak GB':>11}{'estimate':>11}", flush=True)
     x0 = torch.randint(3, max(cfg.mask_id, 100), (rows, length), device=device)     # (B, L)
     given = (torch.arange(length, device=device) < length // 2).repeat(rows, 1)
-    # t = 1 masks all of the answer in every state, so the methods compute equally many logits, and
-    # as many as they ever will
+    # t = 1 masks all of the answer in every state: the methods compute equally many logits, and as
+    # many as they ever will
     t, u = torch.ones(rows, device=device), torch.rand(rows, length, device=device)
     batch = train.Batch(x0, given, torch.ones_like(given), t, u, torch.zeros_like(given))
     prompt = [rows * length // 2, sum(train.estimate(cfg, "adapt", rows, length // 2, 0).values())]
@@ -3176,22 +3171,20 @@ def bench(argv):
         with torch.no_grad():
             bench_row(what, function, device, *(prompt if "writing" in what else [rows * length]))
     model.checkpointing = True
-    for method in STEPS if tiny else estimates:
+    for method in STEPS if tiny else [*STEPS][:-1]:
         if method == "mdlm":
             meta = None
             model.add_lora(LORA, 2 * LORA)
-        estimate = estimates.get(method, 0)
-        if estimate > memory:
+        if estimates[method] > memory:
             print(f"{STEPS[method]:<28} not tried, see above", flush=True)
             continue
-        trained = [p for p in (meta or model).parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained)
+        optimizer = torch.optim.AdamW(p for p in (meta or model).parameters() if p.requires_grad)
 
         def step():
             optimizer.zero_grad()
             bench_loss(method, model, meta, batch).backward()
             optimizer.step()
-        bench_row(f"training, {STEPS[method]}", step, device, rows * length, estimate)
+        bench_row(f"training, {STEPS[method]}", step, device, rows * length, estimates[method])
     if args.full_size:
         del model, function                             # a function holds a model
         bench_from_disk(args.full_size, args.family, device)
@@ -3212,47 +3205,24 @@ def test_a_card_that_is_too_small_is_told_so_before_anything_is_built(capsys, mo
     monkeypatch.setattr(sys.modules[__name__], "build_on", None)
     bench(["--family", "dream", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "MemDLM + LoRA does not fit" in said
-    assert "the weights alone are larger" in said
+    assert "MemDLM + LoRA does not fit" in said and "the weights alone are larger" in said
 
 
 # --------------------------------------------------------------------------------------------------
 # 12. By hand: one table over training seeds
 
-def read_rows(files, by):
-    """{(task, line, column): {(training seed, text): recall}} from files that niah.py wrote.
-
-    Each row also counts for the task "all". A line's name is that of the run's folder, without
-    "-seedN", and the arm."""
-    cells = {}
-    for file in map(Path, files):
-        run, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", file.parent.name).groups()
-
-        def read(r, size):
-            if "facts" in r:                            # a row of the closed book has no steps
-                r.update(task="facts" if by == "facts" else f"{r['facts']} facts", steps=0)
-            text = tuple(str(r[k]) for k in ("task", "seed", "length", "steps", "prompt"))
-            for task in (text[0], "all"):
-                cell = cells.setdefault((task, f"{run} {r['arm']}", r[by]), {})
-                cell[seed, text] = r["recall"]
-        bb.read_lines(file, read)
-    return cells
-
-
 def mean_and_interval(cell, draws=2000):
     """{(training seed, text): value} -> "mean ± half the 95 % interval over both levels", in %.
 
     A bootstrap (percentiles, fixed seed) that draws training seeds and, within each task, texts,
-    with replacement; every seed has seen the same texts, so a drawn text counts for all seeds. With
-    one seed it is over texts alone; three say little about a fourth. Never narrower than Wilson's
-    interval where all values are alike: then a resampled mean cannot move, although the next text
-    might. With one text there is none."""
+    with replacement; a drawn text counts for all seeds, which have seen the same. With one seed it
+    is over texts alone; three say little about a fourth. Never narrower than Wilson's interval
+    where all values are alike: a resampled mean cannot move then, although the next text might."""
     if not cell:
         return f"{'-':>15}"
     seeds, texts = sorted({seed for seed, _ in cell}, key=str), sorted({text for _, text in cell})
-    values = np.array([[cell.get((seed, text), 0) for text in texts] for seed in seeds])  # (S, T)
-    present = np.array([[(seed, text) in cell for text in texts] for seed in seeds])
-    mean = f"{100 * values.sum() / present.sum():>8.1f} ±"
+    values = np.array([[cell.get((seed, text), np.nan) for text in texts] for seed in seeds])
+    mean = f"{100 * np.nanmean(values):>8.1f} ±"
     if len(texts) < 2:
         return f"{mean}{'-':>4} "
     rng = np.random.default_rng(0)
@@ -3260,8 +3230,8 @@ def mean_and_interval(cell, draws=2000):
     _, sizes = np.unique([text[0] for text in texts], return_counts=True)
     seed_counts = rng.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), draws)
     text_counts = np.concatenate([rng.multinomial(n, [1 / n] * n, draws) for n in sizes], axis=1)
-    totals = ((seed_counts @ values) * text_counts).sum(1)
-    numbers = ((seed_counts @ present) * text_counts).sum(1)
+    totals, numbers = (((seed_counts @ x) * text_counts).sum(1)
+                       for x in (np.nan_to_num(values), ~np.isnan(values)))
     low, high = np.quantile(totals[numbers > 0] / numbers[numbers > 0], [0.025, 0.975])
     half = max((high - low) / 2, niah.interval([0.0] * len(texts))[1])
     return f"{mean}{100 * half:>4.1f} "
@@ -3269,16 +3239,24 @@ def mean_and_interval(cell, draws=2000):
 
 def table_over_seeds(files, by):
     """Recall in % by task, run and arm (down) and length, steps or facts (across), from niah.py's
-    JSONL files. ± is half the 95 % interval over texts and training seeds."""
-    cells = read_rows(files, by)
-    columns = sorted({column for *_, column in cells})
-    found = {task for task, *_ in cells} - {"all"}
-    order = [task for task in niah.TASKS if task in found] + sorted(found - set(niah.TASKS))
-    order += ["all"] * (len(found) > 1)
-    lines = [f"{'recall by ' + by:<18}{'run, arm':<30}" + "".join(f"{c:>14} " for c in columns)
-             + "  seeds"]
-    for task, name in itertools.product(order, sorted({name for _, name, _ in cells})):
-        row = [cells.get((task, name, column), {}) for column in columns]
+    JSONL files. A run is named by its folder, without "-seedN"; rows of all tasks also count for
+    "all". ± is half the 95 % interval over texts and training seeds."""
+    cells = {}                          # {(task, run and arm, column): {(seed, text): recall}}
+    for file in map(Path, files):
+        run, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", file.parent.name).groups()
+        for r in bb.read_lines(file, lambda row, size: row):
+            if "facts" in r:            # a row of the closed book has no steps
+                r.update(task="facts" if by == "facts" else f"{r['facts']} facts", steps=0)
+            text = tuple(str(r[k]) for k in ("task", "seed", "length", "steps", "prompt"))
+            for task in (text[0], "all"):
+                cell = cells.setdefault((task, f"{run} {r['arm']}", r[by]), {})
+                cell[seed, text] = r["recall"]
+    tasks, names, columns = map(set, zip(*cells))
+    order = [*niah.TASKS, *sorted(tasks - {*niah.TASKS, "all"})] + ["all"] * (len(tasks) > 2)
+    lines = [f"{'recall by ' + by:<18}{'run, arm':<30}"
+             + "".join(f"{c:>14} " for c in sorted(columns)) + "  seeds"]
+    for task, name in itertools.product(order, sorted(names)):
+        row = [cells.get((task, name, column), {}) for column in sorted(columns)]
         if any(row):
             seeds = max(len({seed for seed, _ in cell}) for cell in row)
             lines.append(f"{task:<18}{name:<30}{''.join(map(mean_and_interval, row))}{seeds:>7}")
@@ -3333,15 +3311,15 @@ DONORS = {"question": "a twin: the same text, asked for the end of its other cha
 def resolve_text(hops, twin, *args):
     """A text of resolve with that many hops, or its twin (a key of DONORS)."""
     s = niah.chains("resolve", *args, hops=hops, shuffled=True, direct=True)
+    if twin not in ("question", "values"):
+        return s
     pairs, words = pairs_in(s.prompt), s.prompt.split()
     other = next(right for _, right in pairs if right.isdigit() and right != s.answer)
     if twin == "question":
         ends = {left for left, _ in pairs} - {right for _, right in pairs}
         words[-2] = (ends - {words[-2]}).pop()
-    elif twin == "values":
-        words = [{s.answer: other, other: s.answer}.get(word, word) for word in words]
     else:
-        return s
+        words = [{s.answer: other, other: s.answer}.get(word, word) for word in words]
     return dataclasses.replace(s, prompt=" ".join(words), answer=other, refs=[other])
 
 
@@ -3366,16 +3344,15 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None):
     """What do the slots cause? resolve with 1 to 4 hops; once, behind pass `after` (0: never), the
     state is changed, and the passes go on with the own prompt in view.
 
-    exchange ...: another text, the donor, gives its slots. They are bound to places, counted from
-    the answer. Hence the twins, which differ from the text in one respect, and so tell what is
-    carried: a walk that goes up from the asked name follows a donor with another question and not
-    one with other values; values that come down the chain the other way round. What follows an
-    unrelated text holds the answer itself, which stands nowhere in the own prompt.
+    exchange ...: another text, the donor, gives its slots, bound to places, counted from the
+    answer. Its twins differ in one respect, and so tell what is carried: a walk that goes up from
+    the asked name follows a donor with another question and not one with other values; values that
+    come down the chain the other way round. What follows an unrelated text holds the answer itself.
     reset: slots are put back to s_0. If nothing else is carried, h hops need after + h + 1 passes.
 
     Returns rows {table, hops, after, steps, recall, follows: own, donor or neither, ...} of the
-    passes behind the change, and appends them to the JSONL file `out` as they come. A pair of texts
-    with one answer is left out."""
+    passes behind the change, appended to the JSONL file `out` as they come. Pairs of texts with one
+    answer are left out."""
     gen_length = niah.answer_budget(tokenizer)
 
     def texts(hops, twin, seed):
@@ -3384,6 +3361,7 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None):
 
     def work(job):
         kind, hops, after = job
+        table = kind if kind == "reset" else f"exchange {kind}"
         own, donor = texts(hops, None, seed), texts(hops, kind, seed + (kind == "text"))
         changed = disturbed(memory, after, kind != "reset")
         for samples, prompts, donors, theirs in niah.batches(64, *own, *donor):
@@ -3391,7 +3369,7 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None):
             for number, (ids, _) in itertools.islice(enumerate(steps, 1), after, None):
                 for s, d, row in zip(samples, donors, ids):
                     r = niah.scored(s, row, tokenizer, backbone.cfg, after=after, steps=number,
-                                    table=kind if kind == "reset" else f"exchange {kind}")
+                                    table=table)
                     other = "donor" if niah.recall(d.refs, r["output"]) else "neither"
                     r["follows"] = "own" if r["recall"] else other
                     if kind == "reset" or s.answer != d.answer:
@@ -3422,28 +3400,28 @@ def measurement(argv):
     slots = argv[0] == "--slots"
     parser = argparse.ArgumentParser(prog="test_all.py", description=measurement.__doc__)
     parser.add_argument(argv[0], dest="checkpoint", metavar="CHECKPOINT", required=True)
-    more = dict(n=200, seed=1000, passes=6) if slots else dict(n=100, seed=1, length=64)
+    more = (dict(n=200, seed=1000, passes=6) if slots
+            else dict(n=100, seed=1, length=64, gen_length=None))
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     if not slots:
-        parser.add_argument("--gen_length", type=int)
         parser.add_argument("--tasks", nargs="+", choices=niah.TASKS, default=[*niah.TASKS])
-    args = parser.parse_args(argv)
-    backbone, tokenizer, arms = sample.load_arms(args.checkpoint)
+    args = vars(parser.parse_args(argv))
+    folder = args.pop("checkpoint")
+    backbone, tokenizer, arms = sample.load_arms(folder)
     if not slots:
-        return print(exposure(backbone, tokenizer, arms, args.tasks, args.length, args.n, args.seed,
-                              args.gen_length))
+        return print(exposure(backbone, tokenizer, arms, **args))
     if "metastate" not in arms:
-        raise ValueError(f"{args.checkpoint} has no slots: its arms are {', '.join(arms)}")
-    out = Path(args.checkpoint) / "slots.jsonl"
-    rows = slot_rows(backbone, tokenizer, arms["metastate"], args.n, args.seed, args.passes, out)
-    print(f"{slots_table(rows, args.passes)}\n{args.n} texts a cell; after 0: undisturbed; "
+        raise ValueError(f"{folder} has no slots: its arms are {', '.join(arms)}")
+    out = Path(folder, "slots.jsonl")
+    rows = slot_rows(backbone, tokenizer, arms["metastate"], **args, out=out)
+    print(f"{slots_table(rows, args['passes'])}\n{args['n']} texts a cell; after 0: undisturbed; "
           f"every row: {out}")
 
 
-def walker(remembers=True):
-    """A memory that goes one line up the chain at every pass and answers with where it is. Its slot
-    holds the word it has reached; with remembers=False it starts from the asked name every time."""
+def walker_rows(passes, remembers=True, out=None):
+    """slot_rows of a memory that goes one line up the chain at every pass and answers with where it
+    is. Its slot holds the word it has reached; with remembers=False it always starts anew."""
     equals = niah.vocabulary()["="]
 
     def memory(backbone, xt, attend, start):
@@ -3458,15 +3436,11 @@ def walker(remembers=True):
             logits = F.one_hot(answer.flatten(), backbone.cfg.vocab_size).float()
             return logits, (words[:, None, None], None, None)
         return predict, None
-    return memory
-
-
-def rows_of(memory, passes, out=None):
     return slot_rows(load_backbone("tiny", "cpu"), niah.tiny_tokenizer(), memory, 8, 3, passes, out)
 
 
 def test_exchanged_slots_tell_a_walk_from_values_that_come_down_and_a_reset_delays_the_walk():
-    rows = rows_of(walker(), 5)
+    rows = walker_rows(5)
 
     def seen(table, hops, after):
         return share([r for r in rows if r["table"] == table], hops, after, 5)
@@ -3479,14 +3453,12 @@ def test_exchanged_slots_tell_a_walk_from_values_that_come_down_and_a_reset_dela
             assert seen("exchange question", hops, after) == "100/0/0"
             assert seen("exchange values", hops, after) == ("100/0/0" if met else "0/100/0")
             assert seen("exchange text", hops, after).startswith("100/" if met else "0/")
-
-
-def test_slots_exchanged_or_put_back_change_nothing_where_nothing_is_carried():
-    assert {r["follows"] for r in rows_of(walker(remembers=False), 5)} == {"neither"}
+    # where nothing is carried, nothing changes
+    assert {r["follows"] for r in walker_rows(5, remembers=False)} == {"neither"}
 
 
 def test_the_table_of_the_slots_shows_shares_of_donor_own_and_neither(tmp_path):
-    rows = rows_of(walker(), 3, tmp_path / "slots.jsonl")
+    rows = walker_rows(3, out=tmp_path / "slots.jsonl")
     assert rows == rows_in(tmp_path / "slots.jsonl")
     lines = [line.split()[-3:] for line in slots_table(rows, 3).splitlines()]
     assert [lines[6], lines[8]] == [["0/100/0", "100/0/0", "100/0/0"], ["-", "-", "-"]]
@@ -3576,39 +3548,36 @@ def doses(runs, seeds):
 # what was seen and may be expected again, expected: str
 TABLES = {
     "reads": (["reads"], BOTH, "length", 3, """
-Three seeds: written 98 to 100 at 64 tokens, 92 to 97 at 1,024; open 98 to 100, 2 to 32; open+phi 99
-to 100, 48 to 69; phi as written; none and other 0 to 4. 4 facts, training seeds 0 / 1 / 2, n = 200,
-texts of seed 1000 (a guess: 25; +- over texts: 1 at 100, 3 at 95, 7 at 50), 64, 256, 1,024 tokens:
+Three seeds at 64 and 1,024 tokens: written 98 to 100, 92 to 97; open 98 to 100, 2 to 32; open+phi
+99 to 100, 48 to 69; phi as written; none and other 0 to 4. 4 facts, training seeds 0 / 1 / 2, n =
+200, texts of seed 1000 (a guess: 25; +- 1 at 100, 3 at 95, 7 at 50), 64, 256, 1,024 tokens:
   open      100/100/100  96/99/96    4/31.5/7     written  99.5/100/100  99/98/99.5     95/96.5/96.5
   open+phi  100/100/100  99/100/100  51.5/53.5/69 phi      99/100/100    99.5/98.5/99.5 95/97/96.5
-The training: plain MDLM on all tasks, up to 64 and then up to 256 tokens, then the closed book on
-up to 256 (its plain batches: 64): 25 minutes a seed on one busy core. Phi is a seventh of the
-model's parameters; writing takes a time linear in the text. Whoever writes chunks never meets a
-position beyond the training: one reason why weights keep what this attention loses. With the text
-in view, too (open+phi), phi loses 28 to 44 points in 1,024 tokens: no training text was read and
-written at once. What is left is 1 to 24 points above the control reads-mdlm, 8 to 24 above the
-attention before the closed book (--tables attention).
-A question in one chunk with its fact costs the fact: the asked key is copied from the question and
-not bound to its value. In 64 tokens phi gave 39 / 36.5 / 40 at first (with a question about another
-key 99; seed 0, n = 100); since then it writes the question as a chunk of its own. Surprise, at
-inference: a token's gradient is scaled by (1 - p)^gamma, gamma 16; without it ("surprise": 0 in
-memory.json) written has 69.5 / 67 / 94 in 1,024 tokens and hardly less than above in shorter texts.
-Settings were chosen in three rounds, each measured on these texts (gamma on texts of seed 1);
---clip 10 came when the inner loop of seed 1 blew up. On fresh texts, looked at once (seed 2000, n =
-100), written has 96 / 97 / 97 of 4 facts and 97 / 100 / 100 of 8 in 1,024 tokens, 99 / 100 / 100
-and 94 / 100 / 99 in 64."""),
+Training: plain MDLM on all tasks up to 64, then 256 tokens, then the closed book up to 256 (its
+plain batches: 64), 25 minutes a seed on one busy core. Phi is a seventh of the model's parameters;
+writing is linear in the text. A chunk never meets a position beyond the training: one reason why
+weights keep what this attention loses. With the text in view, too (open+phi), phi loses 28 to 44
+points in 1,024 tokens (no training text was read and written at once); left are 1 to 24 points
+above the control reads-mdlm, 8 to 24 above the attention before the closed book (--tables
+attention). A question in one chunk with its fact costs the fact: the asked key is copied from the
+question, not bound to its value. In 64 tokens phi gave 39 / 36.5 / 40 at first (asked for another
+key 99; seed 0, n = 100); now the question is a chunk of its own. Surprise, at inference: a token's
+gradient times (1 - p)^gamma, gamma 16; without ("surprise": 0 in memory.json) written has 69.5 / 67
+/ 94 in 1,024 tokens, and hardly less in shorter texts. Settings: three rounds on these texts
+(gamma: texts of seed 1); --clip 10 came when the inner loop of seed 1 blew up. On fresh texts,
+looked at once (seed 2000, n = 100), written has 96 / 97 / 97 of 4 facts and 97 / 100 / 100 of 8 in
+1,024 tokens, 99 / 100 / 100 and 94 / 100 / 99 in 64."""),
     "far": (["reads"], FAR, "length", 3, """
 Three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at 4,096, 8 and 16 times the longest text of the
 training. 4 facts, n = 100: 81 / 94 / 95 and 66 / 94 / 96."""),
     "wrong": (["reads"], WRONG, "length", 1, """
-Seed 0: 0 to 4 everywhere, for random phi of equal norm, reversed gradient steps, and a phi for
-which the asked value was no target; as none and other of --tables reads, in three seeds."""),
+Seed 0: 0 to 4 for random phi of equal norm, reversed gradient steps, and a phi for which the asked
+value was no target; as none and other of --tables reads."""),
     "attention": (["pretrained-256", "reads-mdlm"], IN_VIEW, "length", 3, """
 Three seeds: 99 to 100 up to 256 tokens, at 1,024 35 to 49 and 27 to 57. 4 facts: 100 / 100 / 100 at
-64 and at 256 tokens; at 1,024 pretrained-256 (before the closed book) 35 / 45.5 / 45.5, reads-mdlm
-(control) 27.5 / 52.5 / 53. The control starts from the same model and learns this task alone, the
-text in view, up to 24 facts (the closed book: 12), for 7 minutes (9). Its loss is 0 from the second
-on."""),
+64 and at 256; at 1,024 pretrained-256 (before the closed book) 35 / 45.5 / 45.5, reads-mdlm 27.5 /
+52.5 / 53: the control, which starts from the same model and learns this task alone, the text in
+view, up to 24 facts (the closed book: 12), for 7 minutes (9). Its loss is 0 from the second on."""),
     "long-attention": (["open-long"], IN_VIEW, "length", 1, """
 Seed 0: 97 to 100 everywhere; 99 for 4 facts in 1,024 tokens. Attention trained on up to 1,024
 tokens reads them (18 minutes): that it fades in --tables reads is no law."""),
@@ -3620,11 +3589,11 @@ training seeds 0 / 1 / 2: the facts alone, 64, 256 and 1,024 tokens:
           8 facts     98.5 / 99.5 / 98.5  96 / 97.5 / 90      93 / 94 / 90.5   88 / 88.5 / 81.5
   first-order, 4      83.5 / 90 / 86.5    48 / 47.5 / 37      29.5 / 35 / 30   19.5 / 25 / 18.5
   first-order-long    85 / 89.5 / 94.5    75 / 61.5 / 72      57.5 / 35 / 45   22 / 7 / 17.5
-closed: `python train.py --method memdlm`, no pretraining, 5 minutes. Its model cannot read.
-first-order: --exact_from 1, nothing flows back through the inner steps (Eq. 10), to the end.
-first-order-long: the same for as many seconds as closed, 3,000 steps. First order binds values to
-keys; the exact gradient keeps them bound in longer texts. Surprise counts more than in --tables
-reads: gamma is 8; with 0, 4 facts in 1,024 tokens give 18 / 14 / 54, with 4 89 / 84 / 87.5."""),
+closed: no pretraining, 5 minutes; it cannot read. first-order: nothing flows back through the inner
+steps (Eq. 10), to the end; long: for as many seconds as closed, 3,000 steps. First order binds
+values to keys; the exact gradient keeps them bound in longer texts. Surprise counts more than in
+--tables reads: gamma is 8; with 0, 4 facts in 1,024 tokens give 18 / 14 / 54, with 4 89 / 84 /
+87.5."""),
     "capacity": (["closed", "rank-4", "rank-16", "rank-64", "layers-2"], CAPACITY, "facts", 1, """
 Seed 0, 1 to 24 facts alone: rank 4 98, 49, 18, 10, 2, 1 (the values without their keys: a guess);
 others 97 to 100 up to 8, then rank 16 92 and 61, rank 32 (closed) 97 and 68, rank 64 98 and 74,
@@ -3635,8 +3604,8 @@ Up to step 960, facts alone, both are one run: 94 / 94 / 92 there (n = 50). Then
 closed turns exact: closed 98 to 100, first-order 80 to 96."""),
     "published": (["published", "published-mdlm"], doses, "length", 1, """
 Seed 0. 400 steps at lr 2e-5 from the pretrained model; held-out loss 0.119, adapted to the prompt
-0.118 (published-mdlm: the same). Off, at 64 / 128 / 256 tokens; on is the same but where it stands
-in brackets. Of 4,800 answers 10 differ, none of them at 64 tokens: 2 are better, 5 worse.
+0.118 (published-mdlm: the same). Off, at 64/128/256 tokens (on, where it differs: in 10 of 4,800
+answers, none of them at 64 tokens; 2 are better, 5 worse):
   single    100.0/100.0/50.5  multivalue  99.2/27.0/21.4          common   100.0/98.3/88.7 (88.3)
   multikey  100.0/97.5/41.0   tracking    100.0/42.2 (41.2)/1.0   resolve  59.0/58.5/21.0 (21.5)
                               tracking4   98.7/39.2/8.5           stories  99.5/89.5 (90.0)/31.0
@@ -3645,116 +3614,106 @@ With inner lr 1, 3, 10 in place of 0.1 (in brackets plain MDLM, trained the same
   tracking  100.0/41.5/1.0    95.0/40.2/1.7 (94.7/39.7/1.7)     43.5/27.3/5.2 (44.5/27.8/5.2)
   stories   100.0/90.0/32.0   87.0/88.5/40.5 (88.0/88.5/40.5)   23.5/41.0/27.0 (23.0/41.0/28.0)
 Plain MDLM gives the same numbers, adapted or not, and with inner lr 1 as published. So what larger
-steps do (9.5 points of stories at 256 tokens, for 12.5 at 64) is done by the adaptation alone, and
-the training with the inner loop adds nothing to it. An earlier look, other texts, n = 60: off and
-on the same answers in all eight tasks at 64 tokens, held-out loss 0.112 and 0.112; at 128 / 256
-tokens (multikey 98 / 55, tracking 49 / 1, stories 78 / 10) inner lr 0.1 changed no answer, 1 and 3
-moved stories by -5 to +3 points and nothing else, 10 only harmed (stories 78 to 23)."""),
+steps do (9.5 points of stories at 256 tokens, for 12.5 at 64) the adaptation does alone; training
+with the inner loop adds nothing. Earlier (other texts, n = 60): off and on the same answers in all
+eight tasks at 64 tokens, held-out loss 0.112 and 0.112; at 128 / 256 (multikey 98 / 55, tracking 49
+/ 1, stories 78 / 10) inner lr 0.1 changed no answer, 1 and 3 moved stories by -5 to +3 points, no
+other, and 10 only harmed (stories 78 to 23)."""),
     "hops": (["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"],
         PASSES, "steps", 3, """
 metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and feedback the same, or (seed 2) 10
 points less; no-curriculum 57, 94, 81 after 5; the others 57 to 63 at every pass, but for lora in
 seed 1: 70. A question of no hop is always answered, of the others half by a guess: 20 + 40 = 60 is
-the floor. After 5 passes, n = 500, +- 1 to 4, training seeds 0 / 1 / 2:
-  metastate (114,304 parameters beside a backbone of 178,944)                98.4 / 96.0 / 95.8
-  detached: carried, but no gradient through earlier steps                   94.0 / 94.6 / 86.0
-  feedback: all activations carried, through an MLP (49,728)                 98.0 / 95.8 / 85.8
-  frozen: the backbone alone                                                 59.0 / 60.4 / 61.8
-  reset: as many live parameters, nothing crosses a step                     58.2 / 59.8 / 61.8
-  logits: the last prediction fed back (soft masking; 2 parameters)          57.4 / 60.2 / 62.4
-  no-curriculum (--curriculum 0)                                             57.4 / 94.2 / 81.4
-  six layers (n_layers in backbone.py) from noise, plain MDLM, 16 minutes    59.8 / 57.6 / 59.0
-For LoRA and all weights: --tables rates. Up to 8 minutes a row and seed but for the last, which has
-one pass. By hops (down) and passes (across), seed 0, about 100 texts a row, +- 10 at 50; 250 at 5
-and 6 hops, which no training text has (--tasks more_hops --passes 9):
-  hops 0   100 100 100 100 100 100 100 100      hops 4    51  49  47  47  95  95  94  94
-  hops 1    46 100 100 100 100 100 100 100      hops 5    46  48  50  50  50  83  80  76
-  hops 2    54  44  99  99  97  97  96  96      hops 6    51  55  56  54  54  52  72  71
-  hops 3    51  47  50  99 100 100  99  98
+the floor. After 5 passes, n = 500, +- 1 to 4, training seeds 0 / 1 / 2 (live parameters beside the
+backbone's 178,944):
+  metastate, and reset (114,304)       98.4/96.0/95.8  reset: nothing crosses a step  58.2/59.8/61.8
+  detached: no gradient through time   94.0/94.6/86.0  frozen: the backbone alone     59.0/60.4/61.8
+  feedback: all activations (49,728)   98.0/95.8/85.8  logits: last prediction (2)    57.4/60.2/62.4
+  no-curriculum (--curriculum 0)       57.4/94.2/81.4  six layers, plain MDLM         59.8/57.6/59.0
+Six layers (n_layers in backbone.py), from noise: one pass, 16 minutes; the others up to 8 a seed.
+By hops (down) and passes (across), seed 0, about 100 texts a row, +- 10 at 50; 250 at 5 and 6 hops,
+which no training text has (--tasks more_hops --passes 9); no hop: 100 at every pass.
+  hops 1    46 100 100 100 100 100 100 100      hops 4    51  49  47  47  95  95  94  94
+  hops 2    54  44  99  99  97  97  96  96      hops 5    46  48  50  50  50  83  80  76
+  hops 3    51  47  50  99 100 100  99  98      hops 6    51  55  56  54  54  52  72  71
 A question of h hops is answered after h + 1 passes, of 1 to 6 hops 100, 100, 97, 86, 77, 64 % in
 seed 1 and 100, 97, 89, 89, 78, 66 in seed 2; one pass before, of up to 4 hops, it is nearly a guess
-(42 to 65). The frozen model computes the same logits at every pass. What counts is that activations
-are carried: feedback, which has no slots, walks too, and training through time adds 1 to 10 points.
-As published, without our curriculum, one seed learns nothing and one nearly all: the curriculum
-makes it sure (real backbones have none by default). That a frozen model answers no question with a
-hop at once is true of these models of three and six layers, and of this training.
-Is it the slots? `python test_all.py --slots runs/metastate --n 100` moves them between texts. Two
-questions about one text swap slots behind pass h, the last before the answer; what comes then, in
-%, seed 0 / 1 / 2, for 1, 2, 3, 4 hops: the other's answer 100 / 100 / 98, 100 / 98 / 95, 97 / 100 /
-94, 95 / 84 / 89; its own, if nothing is swapped, 100 / 98 / 99, 100 / 100 / 99, 98 / 97 / 95, 93 /
-80 / 85. If only the values differ, each keeps its own, as often as undisturbed: slots hold the
-place in the chain, not yet the value. Put back to s_0 once, behind pass p, the answer comes p
-passes later (2 hops, right after six passes: p = 3 99 to 100, p = 4 47 to 51)."""),
+(42 to 65). Feedback, which has no slots, walks too; training through time adds 1 to 10 points. As
+published, without our curriculum, one seed learns nothing and one nearly all: it makes it sure
+(real backbones have none by default). That a frozen model answers no question with a hop at once is
+true of these models of three and six layers, and of this training.
+Is it the slots? `python test_all.py --slots runs/metastate --n 100`: two questions about one text
+swap slots behind pass h, the last before the answer; then come, in %, seed 0 / 1 / 2, for 1, 2, 3,
+4 hops, the other's answer 100 / 100 / 98, 100 / 98 / 95, 97 / 100 / 94, 95 / 84 / 89; its own, if
+nothing is swapped, 100 / 98 / 99, 100 / 100 / 99, 98 / 97 / 95, 93 / 80 / 85. If only the values
+differ, each keeps its own, as often as undisturbed: slots hold the place in the chain, not yet the
+value. Put back to s_0 once, behind pass p, the answer comes p passes later (2 hops, right after six
+passes: p = 3 99 to 100, p = 4 47 to 51)."""),
     "rates": (["lora", "lora-1e-3", "lora-3e-4", "all-weights"], PASSES, "steps", 3, """
 At every pass 57 to 61, but in seed 1, where one hop is learned, 70 (lora-3e-4: 61). Training seeds
-0 / 1 / 2, n = 500; each trains as many CPU seconds as MetaState, on the same mix of tasks (of
-MetaState's updates the first 40 % are on resolve alone):
+0 / 1 / 2, n = 500; as many CPU seconds as MetaState, on the same mix of tasks (of MetaState's
+updates the first 40 % are on resolve alone):
   LoRA of rank 30, lr 3e-3   57.0 / 70.0 / 59.2      LoRA, lr 3e-4           56.8 / 60.8 / 60.4
                    lr 1e-3   58.0 / 70.0 / 60.0      all weights, lr 1e-3    58.0 / 70.0 / 61.4
 Without a carry, more training learns one hop at best (seed 1: 92 to 93 %); of 2 to 4 hops (chance
 50) LoRA and all weights answer 54 there, MetaState 94."""),
     "sizes": ([*(f"slots-{n}" for n in (2, 4, 8, 16)), *(f"unroll-{n}" for n in (1, 2, 4, 8)),
         "lambda-0", "lambda-1"], PASSES, "steps", 3, """
-After 5 passes, training seeds 0 / 1 / 2. 32 slots are the default, K = 5 (steps of an update) and
-lambda = 0.5 (weight of all masked tokens; it acts after the curriculum). K = 1 learns no hop, K = 2
-one (two in seed 1), K = 8 a little more than 5.
+After 5 passes, training seeds 0 / 1 / 2; by default 32 slots, K = 5 (steps of an update), lambda =
+0.5 (weight of all masked tokens, after the curriculum). K = 1 learns no hop, K = 2 one (two in seed
+1), K = 8 a little more than 5.
   2 slots  56.4 / 61.0 / 61.4   K = 1  58.4 / 58.0 / 60.6    lambda = 0  98.6 / 97.6 / 94.2
   4        57.6 / 59.4 / 61.0   2      68.0 / 76.4 / 68.8    1           98.8 / 95.2 / 96.2
   8        64.0 / 71.4 / 64.2   4      96.4 / 93.4 / 89.6
   16       95.2 / 92.4 / 86.6   8      99.4 / 98.2 / 98.6"""),
     "places": ([f"places-{length}-slots-{n}" for length, n in PLACES], BY_LENGTH, "length", 1, """
-resolve, six decoding steps, seed 0, n = 500, at 64, 128, 256 tokens, on a backbone that was trained
-on up to 256 tokens (pretrained-256) and answers all questions without a hop there; trained on up to
-128 is --length 128 --span 128 (spread over as many at first):
-  frozen                   56.4  61.0  62.6    32 slots, trained on up to 64    98.6  67.8  63.2
-  32 slots, on up to 128   93.0  96.2  65.8    64 slots, on up to 128           99.4  98.6  66.4
-  32 on 256: did not learn 56.0  60.8  62.8    64 slots, on up to 256           94.6  96.6  96.2
-                                               128 slots, the same, 18 minutes  99.4  99.8  97.8
+resolve, six decoding steps, seed 0, n = 500, at 64, 128, 256 tokens, from pretrained-256, which
+answers all questions without a hop there; trained on up to 128 is --length 128 --span 128:
+  frozen                         56.4  61.0  62.6   64 slots, trained on up to 128  99.4  98.6  66.4
+  32 slots, trained on up to 64  98.6  67.8  63.2   64 slots, on up to 256          94.6  96.6  96.2
+  32 slots, on up to 128         93.0  96.2  65.8   128 slots, the same, 18 minutes 99.4  99.8  97.8
+  32 slots on 256 did not learn  56.0  60.8  62.8
 Slots reach as far as the texts they were trained on and hardly farther; one bank of 64 serves 64 to
 256 tokens (one seed; the number of slots sets the unit of the place code, too)."""),
     "decoded": (["metastate"], DECODED, "length", 3, """
 Six tokens in six steps: resolve rises from 59.2 / 58.6 / 62.6 to 98.2 / 97.0 / 98.0; it thinks
 while it commits end-of-text. The other seven tasks stay within a point. Where the answer may list
-the steps, as in mathematics (tracking4, four hops), the frozen model has 98.7 already, and slots
-98.9."""),
+the steps (tracking4, four hops), the frozen model has 98.7 already, and slots 98.9."""),
     "trap": (["trap", "trap-mdlm"], losses, "", 3, """
 trap: training loss 0.000, held-out loss 0.5 to 0.8; trap-mdlm 0.06 to 0.07, 0.15 to 0.18. 400 steps
 on resolve from the pretrained model, with larger steps than the paper's (inner lr 1, lr 1e-3; the
-paper: 0.1, 2e-5), 5 minutes. Training seeds 0 / 1 / 2, training loss x 2 and held-out loss, memory
-off (before the training 0.13 / 0.18 / 0.14): plain MDLM 0.14 / 0.12 / 0.12 and 0.15 / 0.18 / 0.16,
-MemDLM, its own (leaky) loss, 0.00 / 0.00 / 0.00 and 0.57 / 0.80 / 0.59. The training loss is
-divided by all answer tokens, the held-out loss (128 texts) by the masked ones, about half of them:
-twice the training loss is loss per masked token, too. --inner_on prompt leaks nothing."""),
+paper: 0.1, 2e-5), 5 minutes. Training seeds 0 / 1 / 2, training loss x 2 (it is divided by all
+answer tokens, of which about half are masked) and held-out loss of 128 texts, memory off (before
+the training 0.13 / 0.18 / 0.14): plain MDLM 0.14 / 0.12 / 0.12 and 0.15 / 0.18 / 0.16, MemDLM, its
+own (leaky) loss, 0.00 / 0.00 / 0.00 and 0.57 / 0.80 / 0.59. --inner_on prompt leaks nothing."""),
     "papers": ([], lambda *_: "nothing is run: commands for the published weights", "", 3, """
-MemDLM's Table 1 (LLaDA-MoE; RULER and BABILong at 4K and 8K). The data. RULER: the scripts of
+MemDLM's Table 1 (LLaDA-MoE; RULER and BABILong at 4K and 8K). Data: the scripts of
 https://github.com/NVIDIA/RULER write RULER/.../4096/data/niah_multivalue/validation.jsonl; BABILong
 (RMT-team/babilong): one {"input", "question", "target"} a line, files named qa1_4k.jsonl ...
-qa5_8k.jsonl. The commands (`torchrun --nproc_per_node=8` in place of `python` shares the samples
-out over 8 GPUs: the same rows in the same order):
-  BASE=inclusionAI/LLaDA-MoE-7B-A1B-Base
-  python train.py --method mdlm --backbone $BASE --data longalpaca.jsonl --out runs/standard
-  python train.py --method memdlm --backbone $BASE --data longalpaca.jsonl --out runs/moe
+qa5_8k.jsonl. Train by the README's command (runs/moe), and by the same with --method mdlm --out
+runs/standard. Then (`torchrun --nproc_per_node=8` for `python` shares the samples out over 8 GPUs:
+the same rows in the same order):
   FILES=$(ls {4096,8192}/data/{niah_multivalue,vt,cwe}/validation.jsonl)
   python niah.py --checkpoint runs/standard --arms off --data $FILES
   python niah.py --checkpoint runs/moe --data $FILES
   python niah.py --checkpoint runs/moe --data qa?_4k.jsonl qa?_8k.jsonl --out babilong.jsonl
-The decoding is that of MemDLM's evaluation: one block, one token a step, greedy, the benchmark's
-own answer length (NIAH 128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16). Scores are the benchmarks'
-own: RULER's string_match_all (qa: string_match_part); BABILong's as in the harness (the target is a
-substring), --metric exact for its official rule. The numbers in the paper (theirs, not ours; 500
-samples, no error bars; none of this was run here on the published weights), recall in %:
+As MemDLM's evaluation decodes: one block, one token a step, greedy, the benchmark's own answer
+length (NIAH 128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16). Scores: RULER's string_match_all (qa:
+string_match_part); BABILong's as in the harness (the target is a substring; --metric exact: its
+official rule). The paper's recall in % (500 samples, no error bars; none of this was run here on
+the published weights):
                                   MV 4K   8K     VT 4K  8K     CWE 4K 8K     BABILong 4K 8K
   Standard MDLM (standard, off)   87.90  92.50   99.40  78.84  69.10  55.18  45.60  41.80
   MemDLM, train only (moe, off)   95.85  96.95   99.52  94.84  75.72  58.20  50.60  45.60
   train + inference (moe, on)     96.80  97.00   99.60  95.80  83.70  61.96  51.20  47.00
 Differs: BABILong's two examples and instruction are the harness's; write them into `input`. The
-column is the longest sample of a file, in steps of 1,024. A sample beyond the model's limit is left
-out and counted.
-MetaState (frozen against MetaState on any exported benchmark, GSM8K for example): the README's two
+column is the longest sample of a file, in steps of 1,024; one beyond the model's limit is left out
+and counted.
+MetaState (frozen against MetaState on any exported benchmark, say GSM8K): the README's two
 commands, the second with --gen_length 256. gsm8k.jsonl holds {"prompt": text} or {"messages":
-[...]} lines; all other entries are kept (a reference called "answer" is renamed first),
-answers.jsonl adds "arm", "answer" and the settings, for the benchmark's own scorer. A run that was
-stopped goes on after its last whole line.""")}
+[...]} lines; other entries are kept (a reference called "answer" is renamed first), answers.jsonl
+adds "arm", "answer" and the settings, for the benchmark's own scorer. What was stopped goes on
+after its last whole line.""")}
 
 
 def tables(argv):
