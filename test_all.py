@@ -2994,7 +2994,6 @@ def test_the_frozen_backbone_learns_nothing_from_more_passes(learned_recall):
 @slow
 def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchanged_canvas(
         learned_recall):
-    """A question of h hops needs h + 1 passes."""
     assert learned_recall("metastate", 2, [1]) > learned_recall("frozen", 2, [1]) + 0.1
     assert learned_recall("metastate", 5) > learned_recall("reset", 5) + 0.2
 
@@ -3131,14 +3130,14 @@ def bench(argv):
     device = bb.default_device(args.device)
     meta_cfg = metastate.for_backbone(cfg)
     memory = train.device_memory(device) - 1e9          # the framework itself takes about 1 GB
-    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else device
+    name = torch.cuda.get_device_name(device) if "cuda" in str(device) else device
     print(f"{cfg.family} on {name}, {memory / 1e9:.1f} GB to use, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {rows} x {length:,} tokens, half of them the answer",
           UNITS, sep="\n")
     estimates = {"official": 0}
     for method in [*STEPS][:-1]:
-        parts = train.estimate(cfg, method, batch=rows, length=length, scored=0.5,
-                               lora=0 if method == "metastate" else LORA, meta_cfg=meta_cfg)
+        parts = train.estimate(cfg, method, rows, length, LORA * (method != "metastate"),
+                               scored=0.5, meta_cfg=meta_cfg)
         estimates[method] = sum(parts.values())
         verdict = "fits" if estimates[method] <= memory else "does not fit"
         print(f"{STEPS[method]} {verdict} (estimate: {train.show_estimate(parts)})", flush=True)
@@ -3352,9 +3351,8 @@ def slot_rows(backbone, tokenizer, memory, n, seed, passes, out=None):
 
 
 def slots_table(rows, passes):
-    """% of donor's answer / own / neither at the first pass behind the change that answers, if
-    undisturbed (h hops: pass h + 1): it shows what was carried; and at the last, when what was
-    carried has met the own prompt again and again."""
+    """% of donor's answer / own / neither, at the first pass behind the change that answers if
+    undisturbed (h hops: pass h + 1) and shows what was carried, and at the last."""
     lines = [f"exchange {donor}: the slots of {what}" for donor, what in DONORS.items()]
     lines += ["reset: slots put back to s_0 once", "in %: donor's answer / own / neither"]
     for title in ("first answer", "last pass"):
@@ -3523,17 +3521,17 @@ at 95, 7 at 50), 64, 256, 1,024 tokens:
   open      100/100/100  96/99/96    4/31.5/7     written  99.5/100/100  99/98/99.5     95/96.5/96.5
   open+phi  100/100/100  99/100/100  51.5/53.5/69 phi      99/100/100    99.5/98.5/99.5 95/97/96.5
 Training: up to 256 tokens, 25 minutes a seed on one busy core. Phi is a seventh of the model's
-parameters; writing is linear in the text. A chunk never meets a position beyond the training: why
+parameters; writing is linear in the text; no chunk meets a position beyond the training: why
 weights may keep what attention loses. With the text in view, too, phi loses 28 to 44 points in
 1,024 tokens (never trained so); open+phi is 1 to 24 above the control reads-mdlm, 8 to 24 above
 attention before the closed book (--tables attention). A question in one chunk with its fact costs
 the fact, whose key is copied from the question and not bound: in 64 tokens phi gave 39 / 36.5 / 40
 at first (asked for another key 99; seed 0, n = 100); now it is a chunk of its own. Surprise, at
 inference: a token's gradient times (1 - p)^gamma, gamma 16; without ("surprise": 0 in memory.json)
-written has 69.5 / 67 / 94 in 1,024 tokens, hardly less in shorter texts. Settings: three rounds on
-these texts (gamma: texts of seed 1); --clip 10 came when the inner loop of seed 1 blew up. Fresh
-texts, looked at once (seed 2000, n = 100): written 96 / 97 / 97 of 4 facts, 97 / 100 / 100 of 8 in
-1,024 tokens, 99 / 100 / 100, 94 / 100 / 99 in 64."""),
+written has 69.5 / 67 / 94 in 1,024 tokens, in shorter ones hardly less. Settings: three rounds on
+these texts (gamma: texts of seed 1); --clip 10: seed 1 blew up. Fresh texts (seed 2000, n = 100):
+written 96 / 97 / 97 of 4 facts, 97 / 100 / 100 of 8 in 1,024 tokens, 99 / 100 / 100, 94 / 100 / 99
+in 64."""),
     "far": (["reads"], FAR, "length", 3, """Three seeds: 81 to 98 at 2,048 tokens, 66 to 96 at
 4,096: 8 and 16 times the longest trained on. 4 facts, n = 100: 81 / 94 / 95 and 66 / 94 / 96."""),
     "wrong": (["reads"], WRONG, "length", 1, """Seed 0: 0 to 4 for random phi of equal norm, steps
@@ -3576,12 +3574,11 @@ With inner lr 1, 3, 10 in place of 0.1 (in brackets plain MDLM, trained the same
   multikey  100.0/97.5/41.0   92.0/97.0/40.5 (92.5/97.0/40.5)   50.0/73.5/40.5 (51.5/73.0/40.5)
   tracking  100.0/41.5/1.0    95.0/40.2/1.7 (94.7/39.7/1.7)     43.5/27.3/5.2 (44.5/27.8/5.2)
   stories   100.0/90.0/32.0   87.0/88.5/40.5 (88.0/88.5/40.5)   23.5/41.0/27.0 (23.0/41.0/28.0)
-Plain MDLM gives the same numbers, adapted or not, and with inner lr 1 as published: what larger
-steps do (9.5 points of stories at 256 tokens, for 12.5 at 64) needs no training with an inner loop.
-Earlier (other texts, n = 60): off and on the same answers in all eight tasks at 64 tokens, held-out
-loss 0.112 and 0.112; at 128 / 256 (multikey 98 / 55, tracking 49 / 1, stories 78 / 10) inner lr 0.1
-changed no answer, 1 and 3 moved stories by -5 to +3, no other, 10 only harmed (stories 78 to
-23)."""),
+Plain MDLM gives the same, adapted or not, with inner lr 1 as published: what larger steps do (9.5
+points of stories at 256, for 12.5 at 64) needs no training with an inner loop. Earlier (other
+texts, n = 60): off and on the same answers in all eight tasks at 64 tokens, held-out loss 0.112 and
+0.112; at 128 / 256 (multikey 98 / 55, tracking 49 / 1, stories 78 / 10) inner lr 0.1 changed no
+answer, 1 and 3 moved stories by -5 to +3, no other, 10 only harmed (stories 78 to 23)."""),
     "hops": (["metastate", "detached", "feedback", "reset", "logits", "no-curriculum", "lora"],
         PASSES, "steps", 3, """metastate 59 / 69 / 78 / 88 / 97 after 1 to 5 passes, detached and
 feedback the same, or (seed 2) 10 points less; no-curriculum 57, 94, 81 after 5; the others 57 to 63
@@ -3592,9 +3589,9 @@ parameters beside the backbone's 178,944):
   detached: no gradient through time   94.0/94.6/86.0  frozen: the backbone alone     59.0/60.4/61.8
   feedback: all activations (49,728)   98.0/95.8/85.8  logits: last prediction (2)    57.4/60.2/62.4
   no-curriculum (--curriculum 0)       57.4/94.2/81.4  six layers, plain MDLM         59.8/57.6/59.0
-Six layers (n_layers in backbone.py), from noise: one pass, 16 minutes; the others up to 8 a seed.
-By hops (down) and passes (across), seed 0, about 100 texts a row, +- 10 at 50; 250 at 5 and 6 hops,
-which no training text has (--tasks more_hops --passes 9); no hop: 100 at every pass.
+Six layers from noise: one pass, 16 minutes; the others up to 8 a seed. By hops (down) and passes
+(across), seed 0, about 100 texts a row, +- 10 at 50; 250 at 5 and 6 hops, which no training text
+has (--tasks more_hops --passes 9); no hop: 100 at every pass.
   hops 1    46 100 100 100 100 100 100 100      hops 4    51  49  47  47  95  95  94  94
   hops 2    54  44  99  99  97  97  96  96      hops 5    46  48  50  50  50  83  80  76
   hops 3    51  47  50  99 100 100  99  98      hops 6    51  55  56  54  54  52  72  71
@@ -3612,8 +3609,8 @@ back to s_0 behind pass p, the answer comes p later (2 hops, after six passes: p
 4 47 to 51)."""),
     "rates": (["lora", "lora-1e-3", "lora-3e-4", "all-weights"], PASSES, "steps", 3, """At every
 pass 57 to 61, but in seed 1, where one hop is learned, 70 (lora-3e-4: 61). Training seeds 0 / 1 /
-2, n = 500; as many CPU seconds as MetaState, on the same mix of tasks (of MetaState's updates the
-first 40 % are on resolve alone):
+2, n = 500; as many CPU seconds as MetaState, on the same mix of tasks (the first 40 % of
+MetaState's: resolve):
   LoRA of rank 30, lr 3e-3   57.0 / 70.0 / 59.2      LoRA, lr 3e-4           56.8 / 60.8 / 60.4
                    lr 1e-3   58.0 / 70.0 / 60.0      all weights, lr 1e-3    58.0 / 70.0 / 61.4
 Without a carry, more training learns one hop at best (seed 1: 92 to 93 %); of 2 to 4 hops (chance
@@ -3628,8 +3625,7 @@ curriculum). K = 1 learns no hop, K = 2 one (two in seed 1), K = 8 a little more
   16       95.2 / 92.4 / 86.6   8      99.4 / 98.2 / 98.6"""),
     "places": ([f"places-{length}-slots-{n}" for length, n in PLACES],
         BY_LENGTH, "length", 1, """resolve, six decoding steps, seed 0, n = 500, at 64, 128, 256
-tokens, from pretrained-256, which answers all questions without a hop there; trained on up to 128
-is --length 128 --span 128:
+tokens, from pretrained-256 (no hop: all right); trained on up to 128 is --length 128 --span 128:
   frozen                         56.4  61.0  62.6   64 slots, trained on up to 128  99.4  98.6  66.4
   32 slots, trained on up to 64  98.6  67.8  63.2   64 slots, on up to 256          94.6  96.6  96.2
   32 slots, on up to 128         93.0  96.2  65.8   128 slots, the same, 18 minutes 99.4  99.8  97.8
@@ -3643,37 +3639,34 @@ model has 98.7 already, and slots 98.9."""),
     "trap": (["trap", "trap-mdlm"], losses, "", 3, """trap: training loss 0.000, held-out loss 0.5
 to 0.8; trap-mdlm 0.06 to 0.07, 0.15 to 0.18. 400 steps on resolve from the pretrained model, larger
 than the paper's (inner lr 1, lr 1e-3; its: 0.1, 2e-5), 5 minutes. Training seeds 0 / 1 / 2,
-training loss x 2 (it is divided by all answer tokens, of which about half are masked) and held-out
-loss of 128 texts, memory off (before the training 0.13 / 0.18 / 0.14): plain MDLM 0.14 / 0.12 /
-0.12 and 0.15 / 0.18 / 0.16, MemDLM, its own (leaky) loss, 0.00 / 0.00 / 0.00 and 0.57 / 0.80 /
-0.59. --inner_on prompt leaks nothing."""),
+training loss x 2 (half of its tokens are masked) and held-out loss (128 texts), memory off (before
+the training 0.13 / 0.18 / 0.14): plain MDLM 0.14 / 0.12 / 0.12 and 0.15 / 0.18 / 0.16, MemDLM, its
+own (leaky) loss, 0.00 / 0.00 / 0.00 and 0.57 / 0.80 / 0.59. --inner_on prompt leaks nothing."""),
     "papers": ([], lambda *_: "nothing is run: commands for the published weights",
         "", 3, """MemDLM's Table 1 (LLaDA-MoE; RULER and BABILong at 4K and 8K). Data: the scripts
 of https://github.com/NVIDIA/RULER write RULER/.../4096/data/niah_multivalue/validation.jsonl;
 BABILong (RMT-team/babilong): one {"input", "question", "target"} a line, files named qa1_4k.jsonl
 ... qa5_8k.jsonl. Train by the README's command (runs/moe), and by the same with --method mdlm --out
-runs/standard. Then (`torchrun --nproc_per_node=8` for `python` shares the samples out over 8 GPUs:
-the same rows in the same order):
+runs/standard. Then (`torchrun --nproc_per_node=8` for `python`: 8 GPUs, the same rows):
   FILES=$(ls {4096,8192}/data/{niah_multivalue,vt,cwe}/validation.jsonl)
   python niah.py --checkpoint runs/standard --arms off --data $FILES
   python niah.py --checkpoint runs/moe --data $FILES
   python niah.py --checkpoint runs/moe --data qa?_4k.jsonl qa?_8k.jsonl --out babilong.jsonl
-As MemDLM's evaluation decodes: one block, one token a step, greedy, the benchmark's own answer
-length (NIAH 128, VT 30, CWE 120, FWE 50, QA 32, BABILong 16). Scores: RULER's string_match_all (qa:
-string_match_part); BABILong's as in the harness (the target is a substring; --metric exact: its
-official rule). The paper's recall in % (500 samples, no error bars; none of this was run here on
-the published weights):
+As in the paper: one block, one token a step, greedy, the benchmark's answer length (NIAH 128, VT
+30, CWE 120, FWE 50, QA 32, BABILong 16). Scores: RULER's string_match_all (qa: string_match_part);
+BABILong's as in the harness (the target is a substring; --metric exact: its official rule). The
+paper's recall in % (500 samples, no error bars; none of this was run here on the published
+weights):
                                   MV 4K   8K     VT 4K  8K     CWE 4K 8K     BABILong 4K 8K
   Standard MDLM (standard, off)   87.90  92.50   99.40  78.84  69.10  55.18  45.60  41.80
   MemDLM, train only (moe, off)   95.85  96.95   99.52  94.84  75.72  58.20  50.60  45.60
   train + inference (moe, on)     96.80  97.00   99.60  95.80  83.70  61.96  51.20  47.00
-Differs: BABILong's two examples and instruction (the harness's): write them into `input`. The
-column is a file's longest sample, in steps of 1,024; one beyond the model's limit is left out.
-MetaState (frozen against MetaState on any exported benchmark, say GSM8K): the README's two
-commands, the second with --gen_length 256. gsm8k.jsonl holds {"prompt": text} or {"messages":
-[...]} lines; other entries are kept (a reference called "answer" is renamed first), answers.jsonl
-adds "arm", "answer" and the settings, for the benchmark's own scorer. What was stopped goes on
-after its last whole line.""")}
+BABILong's two examples and instruction (the harness's): write them into `input`. The column is a
+file's longest sample, in steps of 1,024; one beyond the model's limit is left out.
+MetaState (against frozen, on GSM8K, say): the README's two commands, the second with --gen_length
+256. Lines of gsm8k.jsonl: {"prompt": text} or {"messages": [...]}; other entries are kept (rename a
+reference called "answer"), "arm", "answer", settings added, for the benchmark's own scorer. What
+was stopped goes on after its last whole line.""")}
 
 
 def tables(argv):
