@@ -426,13 +426,12 @@ def test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient(
 @pytest.mark.parametrize("method", ["plain MDLM", "first order", "exact"])
 def test_recomputed_activations_change_no_gradient_bit_for_bit(batch, method):
     model = random_backbone(n_layers=12).requires_grad_(True)
-    rows = (*batch[:5], 1 / batch.t, 24)
     gradients = []
     for model.checkpointing in (False, True):
         if method == "plain MDLM":
-            loss = memdlm.loss_closed_book(model, batch.x0, batch.text, *rows[1:], CLOSED)
+            loss = prompt_loss(model, batch, CLOSED, text=batch.text)
         else:
-            loss = memdlm.loss_memdlm(model, *rows, MEM, 7, method == "exact")
+            loss = memdlm.loss_memdlm(model, *batch[:5], 1 / batch.t, 24, MEM, 7, method == "exact")
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert all(map(torch.equal, *gradients))
 
@@ -461,9 +460,8 @@ def prompt_loss(model, batch, inner, x0=None, text=None, exact=False):
 def phi_of(model, batch, inner, text, x0=None):
     """The fast weights that loss_closed_book answers with."""
     seen = []
-    hook = model.register_forward_pre_hook(lambda model, args: seen.append(args[-1]))
-    prompt_loss(model, batch, inner, x0, text)
-    hook.remove()
+    with model.register_forward_pre_hook(lambda model, args: seen.append(args[-1])):
+        prompt_loss(model, batch, inner, x0, text)
     return seen[-1]
 
 
@@ -494,11 +492,10 @@ def test_the_exact_gradient_is_that_of_the_bilevel_loss_and_first_order_is_not(b
 
 def test_surprise_scales_a_tokens_gradient_by_one_minus_its_probability_not_in_training(
         model, batch):
-    ids = torch.arange(3, 8)[None]
+    ids = torch.arange(3, 7)[None]
     masked = ids == 5
-    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
     weights = torch.ones_like, functools.partial(memdlm.surprise, gamma=2.0)
-    plain, scaled = (memdlm.write_text(model, ids, ids > 0, inner, targets=masked, token_weight=w)
+    plain, scaled = (memdlm.write_text(model, ids, ids > 0, CLOSED, targets=masked, token_weight=w)
                      for w in weights)
     p = model(ids.masked_fill(masked, 1), at=masked).softmax(-1)[0, 5]
     for name, w in plain.items():
@@ -590,7 +587,7 @@ def trained_meta(model, **options):
     return meta
 
 
-def passes(model, meta, batch, number=2):
+def passes(model, meta, batch, number):
     """Logits (N, V) of each denoising step over one canvas, the answer fully masked."""
     at = ~batch.given
     xt = batch.x0.masked_fill(at, model.cfg.mask_id)
@@ -627,14 +624,6 @@ def test_the_time_reaches_a_trained_metastates_logits(model, batch):
     assert not torch.allclose(late, early, atol=1e-3)
 
 
-@pytest.mark.parametrize("memory, reached", [("slots", True), ("detached", False)])
-def test_only_training_through_time_reaches_a_write_of_two_steps_ago(model, batch, memory, reached):
-    """s_0 is injected at the first step; a loss at the third feels it through two writes."""
-    meta = trained_meta(model, memory=memory)
-    passes(model, meta, batch, 3)[-1].sum().backward()
-    assert (meta.s0.grad is not None) == reached
-
-
 # six tokens in each row, shared out to three steps
 REVEALS = torch.tensor([[1, 2, 3], [0, 0, 6], [6, 0, 0], [2, 4, 0]])
 
@@ -645,9 +634,7 @@ def test_every_module_gets_a_gradient_and_the_backbone_none(model, batch, memory
     metastate.loss_unrolled(meta, model, batch.x0, batch.given, batch.attend, batch.u, REVEALS,
                             4).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in meta.parameters())
-    untouched = dict(random_backbone().named_parameters())
-    for name, p in model.named_parameters():
-        assert p.grad is None and torch.equal(p, untouched[name]), name
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
@@ -859,12 +846,10 @@ def test_a_row_that_ends_early_changes_no_draw_of_its_neighbours_in_dreams_order
     model = random_backbone(conv_width=0, shift=True)
     model.lm_head.weight[model.cfg.eos_id] = 3 * model.lm_head.weight[5:9].sum(0)
     lengths = set()
-    for seed in range(8):
+    for seed, prompt in enumerate(torch.randint(3, 40, (8, 3, 5))):
         torch.manual_seed(seed)
-        prompt = torch.randint(3, 40, (3, 5))
         ours = sample.generate(model, prompt, gen_length=8, remasking=alg, **options)
         torch.manual_seed(seed)
-        torch.randint(3, 40, (3, 5))
         for row, other in zip(ours, reference_dream(model, prompt, 8, 8, alg, **options)):
             answer = sample.cut(row, model.cfg)
             assert answer == sample.cut(other, model.cfg)
@@ -908,9 +893,8 @@ class Eager:
     def memory(self, backbone, xt, attend, start):
         def predict(xt, t, state, at):
             self.calls += 1
-            logits = backbone(xt, attend, at) - 100                                 # (N, V)
-            logits[:, backbone.cfg.eos_id] = logits.max() + 1
-            return logits, state
+            wanted = torch.full((int(at.sum()),), backbone.cfg.eos_id)
+            return F.one_hot(wanted, backbone.cfg.vocab_size) - 2.0, state         # (N, V)
         return predict, None
 
 
@@ -1368,14 +1352,19 @@ def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, batch
     meta = metastate.build(model.cfg, MetaStateConfig(**SMALL_META, inject_layers=layers))
     at = ~batch.given
     plain = model(batch.x0.masked_fill(at, model.cfg.mask_id), batch.attend, at)
-    assert all(torch.equal(logits, plain) for logits in passes(model, meta, batch))
+    assert all(torch.equal(logits, plain) for logits in passes(model, meta, batch, 2))
 
 
-@pytest.mark.parametrize("memory, persists", [
-    ("slots", True), ("reset", False), ("detached", True), ("feedback", True), ("logits", True)])
-def test_memory_reaches_the_next_steps_logits_and_reset_cuts_it(model, batch, memory, persists):
-    first, second = passes(model, trained_meta(model, memory=memory), batch)
-    assert torch.equal(first, second) != persists
+@pytest.mark.parametrize("memory", ["slots", "reset", "detached", "feedback", "logits"])
+def test_memory_reaches_the_next_steps_logits_but_reset_and_slots_alone_train_through_time(
+        model, batch, memory):
+    """s_0 is injected at the first step; a loss at the third feels it through two writes."""
+    meta = trained_meta(model, memory=memory)
+    first, second, third = passes(model, meta, batch, 3)
+    assert torch.equal(first, second) == (memory == "reset")
+    if memory in ("slots", "detached"):
+        third.sum().backward()
+        assert (meta.s0.grad is not None) == (memory == "slots")
 
 
 @pytest.mark.parametrize("slots", [False, True], ids=["plain", "metastate"])
