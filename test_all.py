@@ -224,8 +224,7 @@ INDEPENDENT = {
 
 
 def independent_model(family, tensors):
-    """The same weights in a model of transformers. Its decoders are causal unless an additive mask
-    of zeros makes them attend fully."""
+    """The same weights in a model of transformers, causal unless its additive mask is zeros."""
     import transformers
     kind, renamed = INDEPENDENT[family]
     if family == "llada":
@@ -513,8 +512,7 @@ def test_a_window_cuts_the_exact_gradient_and_changes_no_phi(model):
 def recorded_masks(model, ids, inner, monkeypatch):
     """The positions that each inner step on a prompt has for targets."""
     masks = []
-    monkeypatch.setattr(memdlm, "inner_step",
-                        lambda backbone, phi, *rest: masks.append(rest[3]) or phi)
+    monkeypatch.setattr(memdlm, "inner_step", lambda _, phi, *rest: masks.append(rest[3]) or phi)
     memdlm.at_inference(inner)(model, ids, ids > 0, inner)
     return masks
 
@@ -641,7 +639,8 @@ def test_the_curriculum_of_metastate_begins_with_rows_that_need_memory(here, mon
     seen = []
     monkeypatch.setattr(niah, "make_samples", lambda tasks, *args, real=niah.make_samples:
                         seen.append(set(tasks)) or real(tasks, *args))
-    run_train(*SLOTS, *"--steps 5 --unroll 2 --curriculum 0.4 --tasks resolve single".split())
+    run_train(*SLOTS, *"--steps 5 --eval_every 9 --unroll 2 --curriculum 0.4 --tasks resolve single"
+              .split())
     # the tiny backbone's pretraining draws from all tasks
     seen = [tasks for tasks in seen if len(tasks) < 3]
     assert seen[:5] == [{"resolve"}, {"resolve"}] + [{"resolve", "single"}] * 3
@@ -842,8 +841,7 @@ def test_a_memory_is_told_the_answers_mask_ratio_and_guidances_copy_gets_no_stat
             seen.append((round(3 * t.item()), state))
             return backbone(xt, attend, at), (state or 0) + 1
         return predict, 10
-    sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=3, memory=memory, cfg_scale=0.5,
-                    eos="forbid")
+    sample.generate(model, [[5, 6]], gen_length=3, memory=memory, cfg_scale=0.5, eos="forbid")
     assert seen == [(3, 10), (3, None), (2, 11), (2, None), (1, 12), (1, None)]
 
 
@@ -862,8 +860,7 @@ class Eager:
 def test_end_of_text_can_be_allowed_forbidden_or_put_last(model):
     """Put last, the surest token waits because it is a stop token."""
     for policy, share in (("allow", 1.0), ("forbid", 0.0)):
-        ids = sample.generate(model, torch.randint(3, 40, (4, 5)), gen_length=6, eos=policy,
-                              memory=Eager().memory)
+        ids = sample.generate(model, [[5, 6]], gen_length=6, eos=policy, memory=Eager().memory)
         assert (ids == model.cfg.eos_id).float().mean() == share, policy
     logits = torch.randn(6, 40)                                                     # (N, V)
     logits[2, model.cfg.eos_id] = 50.0
@@ -887,9 +884,8 @@ def test_a_threshold_commits_all_tokens_that_are_sure_in_float64_and_at_least_on
     """In a bf16 softmax 0.89837 passes for 0.9; in Fast-dLLM's float64 it does not."""
     for threshold, steps, commits in ((0.0, 8, [8]), (1.1, 1, [1] * 8)):
         seen = []
-        sample.generate(model, torch.randint(3, 40, (1, 5)), gen_length=8, steps=steps,
-                        threshold=threshold, stop_early=False,
-                        on_step=lambda xt, new, state: seen.append(int(new.sum())))
+        sample.generate(model, [[5, 6]], gen_length=8, steps=steps, threshold=threshold,
+                        stop_early=False, on_step=lambda xt, new, _: seen.append(int(new.sum())))
         assert seen == commits, threshold
     odds = torch.log(torch.tensor(0.8977 / 0.1023))
     # the second position is the less sure one: only by passing the threshold it is committed
@@ -1297,12 +1293,12 @@ def test_a_closed_book_leaves_the_canvas_of_its_question_and_a_phi_of_its_text_f
     torch.testing.assert_close(prompt_loss(model, shared, two), prompt_loss(model, shared, CLOSED))
 
 
-@pytest.mark.parametrize("layers", [(0,), (1, 2)], ids=str)
-def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, batch, layers):
-    meta = metastate.build(model.cfg, MetaStateConfig(**SMALL_META, inject_layers=layers))
+def test_untrained_metastate_equals_the_frozen_backbone_bit_for_bit(model, batch):
     at = ~batch.given
     plain = model(batch.x0.masked_fill(at, model.cfg.mask_id), batch.attend, at)
-    assert all(torch.equal(logits, plain) for logits in passes(model, meta, batch, 2))
+    for layers in ((0,), (1, 2)):
+        meta = metastate.build(model.cfg, MetaStateConfig(**SMALL_META, inject_layers=layers))
+        assert all(torch.equal(logits, plain) for logits in passes(model, meta, batch, 2)), layers
 
 
 @pytest.mark.parametrize("memory", ["slots", "reset", "detached", "feedback", "logits"])
@@ -1375,15 +1371,14 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("memory, rows", [
-    (sample.no_memory, 40), (memdlm.prompt_memory(MEM), 300)], ids=["plain", "prompt written"])
-def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets(memory, rows):
+def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
     """Writing a prompt masks 0.2, then 0.3 of it; decoding looks at the answer alone."""
     model = random_backbone(vocab_size=1999, conv_width=0)
     prompt = torch.randint(3, 1999, (1, 1000))
-    with LargestLogits() as largest:
-        sample.generate(model, prompt, gen_length=40, steps=1, memory=memory)
-    assert largest.rows == rows
+    for memory, rows in ((sample.no_memory, 40), (memdlm.prompt_memory(MEM), 300)):
+        with LargestLogits() as largest:
+            sample.generate(model, prompt, gen_length=40, steps=1, memory=memory)
+        assert largest.rows == rows, memory
 
 
 # --------------------------------------------------------------------------------------------------
