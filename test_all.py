@@ -2218,12 +2218,9 @@ def data_of(page):
 
 
 def viewer_after(memory, prompts, tokenizer=None, watch=False, **settings):
-    """A viewer that has decoded the prompts."""
     model = random_backbone()
-    tokenizer = tokenizer or niah.tiny_tokenizer()
-    viewer = sample.Viewer("arm", memory, model, tokenizer, watch, record=True)
-    prompts = [torch.tensor(ids) for ids in prompts]
-    viewer.decode(prompts, sample.Decoding(**settings).filled(model.cfg))
+    viewer = sample.Viewer("arm", memory, model, tokenizer or niah.tiny_tokenizer(), watch, True)
+    viewer.decode([*map(torch.tensor, prompts)], sample.Decoding(**settings).filled(model.cfg))
     return viewer
 
 
@@ -2278,18 +2275,15 @@ def test_a_page_says_how_much_phi_raises_each_log_probability_and_what_the_mixer
     assert all(len(step) == 3 and 0 < sum(step) < 1 for step in values[1:])
 
 
-FILES = ["backbone.py", "sample.py", "metastate.py", "memdlm.py", "niah.py", "train.py",
-         "test_all.py"]
+FILES = {"backbone.py": 2, "sample.py": 0, "metastate.py": 2, "memdlm.py": 5, "niah.py": 0,
+         "train.py": 0, "test_all.py": 0}                   # equations in its header, at least
 
 
 def write_word_tokenizer(folder, words):
     """A tokenizer that knows these words, split at white space."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(niah, "vocabulary", lambda: {word: i for i, word in enumerate(words)})
+        niah.tiny_tokenizer().save_pretrained(folder)
 
 
 def test_every_command_of_the_readme_runs_and_the_page_holds_both_arms_and_the_hidden_text(
@@ -2300,64 +2294,57 @@ def test_every_command_of_the_readme_runs_and_the_page_holds_both_arms_and_the_h
     write_lines("4096/data/vt/validation.jsonl", RULER)
     # real backbones in miniature, and an introduction in words that they know
     monkeypatch.setattr(niah, "INTRO", "the road is long .\n")
-    for name, family in (("LLaDA-8B-Instruct", "llada"), ("Dream-v0-Instruct-7B", "dream"),
-                         ("LLaDA-MoE-7B-A1B-Base", "llada_moe")):
-        limits = dict(max_position_embeddings=512, max_sequence_length=512)
-        small_folder(Path("Org", name), family, **limits)
+    for name, family in (("Org/LLaDA-8B-Instruct", "llada"), ("Org/Dream-v0-Instruct-7B", "dream"),
+                         ("Org/LLaDA-MoE-7B-A1B-Base", "llada_moe")):
+        small_folder(Path(name), family, max_position_embeddings=512, max_sequence_length=512)
     short = {"test_all.py": (by_hand, "--n 2 --passes 2"),
              "niah.py": (niah.main, "--n 2 --device cpu"),
              "sample.py": (sample.main, "--gen_length 6 --device cpu"),
              "train.py": (train.main, "--steps 1 --n_eval 1 --batch_size 4 --accumulate 1 "
-                                      "--length 16 --max_len 500 --device cpu")}
-    slots = "--unroll 2 --slot_dim 32 --slot_heads 4 --cond_dim 32"
+                          "--length 16 --max_len 500 --unroll 2 --slot_dim 32 --slot_heads 4 "
+                          "--cond_dim 32 --device cpu")}
     text = re.sub(r"(GSAI-ML|Dream-org|inclusionAI)/", "Org/", (HERE / "README.md").read_text())
     lines = re.findall(r"^    (?:.*&& )?(?:python|torchrun \S+) (\w+\.py .*)$", text, flags=re.M)
     assert len(lines) >= 10
     for script, *argv in (shlex.split(line, comments=True) for line in lines):
         if script == "train.py":                # which never writes over an earlier run
             shutil.rmtree(f"runs/{argv[argv.index('--method') + 1]}", ignore_errors=True)
-            argv += slots.split() * ("--backbone" in argv)
         main, more = short[script]
         sys.argv = [script, *argv, *more.split()]
         main()
-    row = data_of(Path("page.html").read_text())["rows"][0]
-    assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
-    hidden, question = (" ".join(panel["words"]) for panel in row["panels"])
-    assert question.startswith("?") and f'"{hidden} {question}"' in text
+    if not (HERE / "stored.pt").exists():       # in a student's copy the README shows no page
+        row = data_of(Path("page.html").read_text())["rows"][0]
+        assert [arm["name"] for arm in row["arms"]] == ["none", "written"]
+        hidden, question = (" ".join(panel["words"]) for panel in row["panels"])
+        assert question.startswith("?") and f'"{hidden} {question}"' in text
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_five_packages_at_most_runs_no_checkpoints_code_and_fits_100_columns(file):
+@pytest.mark.parametrize("file, equations", FILES.items())
+def test_a_file_imports_five_packages_has_100_columns_and_an_equation_where_its_header_says(
+        file, equations):
+    """There as a number or a formula; an equation that is only named must have a function."""
     text = (HERE / file).read_text()
     assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
-    # the five, and what transformers brings
-    allowed = {"torch", "transformers", "numpy", "tqdm", "pytest",
-               "safetensors", "huggingface_hub", "tokenizers"}
-    allowed |= set(sys.stdlib_module_names) | {f.removesuffix(".py") for f in FILES}
     nodes = list(ast.walk(ast.parse(text)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= allowed
-    if file != "test_all.py":
+    others = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    # the five, and what transformers brings
+    assert others - {Path(own).stem for own in FILES} <= {
+        "torch", "transformers", "numpy", "tqdm", "pytest",
+        "safetensors", "huggingface_hub", "tokenizers"}
+    if file != "test_all.py":                   # no code of a checkpoint is run
         assert not re.search(r"trust_remote_code\s*=", text)
         assert text.count("torch.load(") == text.count("weights_only=True")
-
-
-@pytest.mark.parametrize("module, number", [(bb, 2), (memdlm, 5), (metastate, 2)])
-def test_every_equation_in_a_header_stands_in_the_function_it_points_to(module, number):
-    """As a number or a formula; an equation that is only named must have a function."""
-    source = inspect.getsource(module)
-    functions = {node.name: ast.get_source_segment(source, node)
-                 for node in reversed(list(ast.walk(ast.parse(source))))
-                 if isinstance(node, ast.FunctionDef)}
     # "Eq. 6 -> inner_step; the unrolled loss -> loss_unrolled"
-    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", module.__doc__, flags=re.M | re.S)[1]
-    found = re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header)
-    assert len(found) >= number
+    header = re.search(r"^Equations:(.*?)(?=^\w[\w ]*:)", text, flags=re.M | re.S)
+    found = re.findall(r"([^;\s][^;]*?)\s*->\s*(\w+)", header[1] if header else "")
+    assert len(found) >= equations
+    functions = {node.name: node for node in reversed(nodes) if isinstance(node, ast.FunctionDef)}
     for equation, function in found:
-        assert function in functions
+        source = ast.get_source_segment(text, functions[function])
         if re.search(r"\d|=|\(", equation):
-            assert re.search(rf"{re.escape(equation)}(?!\d)", functions[function]), equation
+            assert re.search(rf"{re.escape(equation)}(?!\d)", source), equation
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2376,7 +2363,6 @@ def says(message, words):
 
 
 OURS = '{"architectures": ["Backbone"], "backbone": %s}'
-
 # Family, changed entries of its config.json (a text: the whole file), words of the message.
 BAD_CONFIGS = [
     ("llada", dict(n_layers=1), "unexpected model.transformer.blocks.1"),
@@ -2392,7 +2378,6 @@ BAD_CONFIGS = [
     ("llada", dict(quantization_config={"bits": 4}), "quantization_config {'bits': 4} supported"),
     ("llada", dict(rope=None), "rope None supported"),
     ("llada", dict(rope_scaling={"factor": 2}), "rope_scaling {'factor': 2} supported"),
-    # as transformers 5 writes it
     ("llada", dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters rope_theta 10000.0"),
     ("llada", dict(rope_parameters="linear"), "rope_parameters 'linear' supported"),
     ("llada", dict(rope_theta=None), "rope_theta float None"),
@@ -2420,10 +2405,17 @@ def test_a_bad_config_json_is_refused_with_folder_and_entry(tmp_path, family, ch
     assert says(why(load_backbone, tmp_path, "cpu"), f"{tmp_path} config {words}")
 
 
-def test_weights_that_are_no_usable_floats_or_not_finite_are_named(tmp_path):
-    """Also in a large matrix, (16000, 64), on the CPU."""
-    tensors = write_checkpoint(tmp_path, "llada", torch.bfloat16, embedding_size=16_000)
-    (tmp_path / "model.safetensors.index.json").unlink()
+def test_weights_and_files_that_are_unusable_missing_or_of_another_checkpoint_are_named(tmp_path):
+    tensors = write_checkpoint(tmp_path / "a", "llada", torch.bfloat16, embedding_size=16_000)
+    index, single = (tmp_path / f"a/model.safetensors{end}" for end in (".index.json", ""))
+    for files, words in ((["a"], "['a']"), ({"x": 3}, "3"), ({"x": "../x.bin"}, "'../x.bin'")):
+        index.write_text(json.dumps({"weight_map": files}))
+        assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} weight_map {words}")
+    # what save_pretrained leaves behind in a sharded folder
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    single.touch()
+    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} model.safetensors two")
+    index.unlink()
     key = "model.transformer.wte.weight"
     for value, dtype, words in (
             (math.nan, torch.bfloat16, "NaN"), (math.inf, torch.bfloat16, "infinity"),
@@ -2431,23 +2423,9 @@ def test_weights_that_are_no_usable_floats_or_not_finite_are_named(tmp_path):
             (0, torch.float32, "F32 BF16 mixed")):
         bad = tensors[key].clone()
         bad[-1, -2] = value
-        save_file({**tensors, key: bad.to(dtype)}, tmp_path / "model.safetensors")
-        assert says(why(load_backbone, tmp_path, "cpu"), f"{key} {words}")
-    assert load_backbone(tmp_path, "cpu", torch.float32).dtype == torch.float32
-
-
-def test_files_that_are_cut_short_missing_or_of_another_checkpoint_are_named(tmp_path):
-    save_file(write_checkpoint(tmp_path / "a", "llada"), tmp_path / "a/model.safetensors")
-    # what save_pretrained leaves behind in a sharded folder
-    index = tmp_path / "a/model.safetensors.index.json"
-    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} model.safetensors two")
-    (tmp_path / "a/model.safetensors").unlink()
-    shard = tmp_path / "a/model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{shard} truncated corrupted")
-    for files, words in ((["a"], "['a']"), ({"x": 3}, "3"), ({"x": "../x.bin"}, "'../x.bin'")):
-        index.write_text(json.dumps({"weight_map": files}))
-        assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{index} weight_map {words}")
+        save_file({**tensors, key: bad.to(dtype)}, single)
+        assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{key} {words}")
+    assert load_backbone(tmp_path / "a", "cpu", torch.float32).dtype == torch.float32
     (tmp_path / "a/config.json").unlink()
     assert says(why(load_backbone, tmp_path / "a", "cpu"), f"{tmp_path}/a/config.json missing")
     bb.save_backbone(random_backbone(vocab_size=139), tmp_path / "c", niah.tiny_tokenizer())
@@ -2474,14 +2452,6 @@ PEFT_HARMLESS = """task_type auto_mapping peft_version inference_mode target_mod
     layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config
     corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""".split()
 
-# Changed entry of adapter_config.json (None: taken out), words of the message.
-BAD_ADAPTERS = [
-    *((entry, "pissa", f"{entry} 'pissa' supported") for entry in PEFT_REFUSED),
-    ("r", 8, "lora_A.weight shape [4, 32] [8, 32]"), ("r", 0, "r at least 1"),
-    ("r", None, "r missing"), ("lora_alpha", -8, "lora_alpha -8"),
-    ("lora_alpha", 9, "trained lora_alpha 8 9"), ("lora_dropout", "no", "lora_dropout float"),
-    ("base_model_name_or_path", 3, "base_model_name_or_path str")]
-
 
 def test_every_entry_of_an_adapter_is_used_harmless_or_refused_by_name(tmp_path):
     model = random_backbone()
@@ -2491,7 +2461,12 @@ def test_every_entry_of_an_adapter_is_used_harmless_or_refused_by_name(tmp_path)
     config = {**json.loads(path.read_text()), **dict.fromkeys(PEFT_HARMLESS, "any")}
     path.write_text(json.dumps(config))
     load_backbone(tmp_path / "adapter", "cpu")
-    for entry, value, words in BAD_ADAPTERS:
+    for entry, value, words in [                # None: the entry is missing
+            *((entry, "pissa", f"{entry} 'pissa' supported") for entry in PEFT_REFUSED),
+            ("r", 8, "lora_A.weight shape [4, 32] [8, 32]"), ("r", 0, "r at least 1"),
+            ("r", None, "r missing"), ("lora_dropout", "no", "lora_dropout float"),
+            ("lora_alpha", -8, "lora_alpha -8"), ("lora_alpha", 9, "trained lora_alpha 8 9"),
+            ("base_model_name_or_path", 3, "base_model_name_or_path str")]:
         bad = {k: v for k, v in {**config, entry: value}.items() if v is not None}
         path.write_text(json.dumps(bad))
         assert says(why(load_backbone, tmp_path / "adapter", "cpu"), f"{tmp_path}/adapter {words}")
@@ -2511,21 +2486,19 @@ def test_what_a_template_or_a_tokenizer_would_spoil_is_refused_with_file_and_lin
     tokenizer, cfg = llada_chat
     tokenizer.chat_template, cfg.vocab_size = template, len(tokenizer)
     tokenizer.add_tokens(["<extra>"])
-    Path("data.jsonl").write_text(line)
-    message = why(train.read_jsonl, "data.jsonl", tokenizer, cfg, 200)
-    assert says(message, f"data.jsonl line 1: {words}")
+    Path("a.jsonl").write_text(line)
+    assert says(why(train.read_jsonl, "a.jsonl", tokenizer, cfg, 200), f"a.jsonl line 1: {words}")
 
 
 def test_an_interrupted_write_leaves_the_old_files_and_a_whole_one_is_flushed(
         tmp_path, monkeypatch):
-    """Through a handle that may write: Windows refuses any other."""
     import fcntl
     modes = []
     monkeypatch.setattr(os, "fsync", lambda f: modes.append(fcntl.fcntl(f, fcntl.F_GETFL)))
     tokenizer = niah.tiny_tokenizer()
     model = random_backbone(vocab_size=138)
     bb.save_backbone(model, tmp_path, tokenizer)
-    assert {mode & os.O_ACCMODE for mode in modes} == {os.O_RDWR}
+    assert {mode & os.O_ACCMODE for mode in modes} == {os.O_RDWR}   # Windows refuses any other
     before = contents(tmp_path)
     for error in (KeyboardInterrupt, SystemExit, MemoryError):
         def half(path):
@@ -2541,7 +2514,6 @@ def test_an_interrupted_write_leaves_the_old_files_and_a_whole_one_is_flushed(
 
 
 def test_scripts_start_where_windows_lacks_modules_and_characters_and_errors_have_their_own_line():
-    """Also when a progress bar is open."""
     code = ("import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
             "import backbone, niah, sample, train\nbar = backbone.tqdm(total=3)\ndef main():\n"
             "    print('42 \u2603')\n    bar.update()\n    raise ValueError('no')\n"
@@ -2559,23 +2531,23 @@ def test_decoding_stops_at_the_block_in_which_every_row_has_ended(model):
     assert eager.calls == 1
 
 
-# Of the sampler; the same for flags and keywords.
-OUT_OF_RANGE = {"temperature": "-1 nan inf", "cfg_scale": "nan -0.5", "threshold": "nan -1",
-                "top_p": "-1 nan 1.5", "top_k": "0 -3", "alg_temp": "nan -1"}
-
-
-def test_keywords_that_cannot_work_are_refused_as_flags_are(model):
-    for name, values in OUT_OF_RANGE.items():
-        for value in map(int if name == "top_k" else float, values.split()):
-            assert says(why(sample.generate, model, [[5]], **{name: value}), f"{name} must {value}")
+def test_keywords_that_cannot_work_are_refused_as_flags_are_before_a_checkpoint_is_looked_for(
+        model, capsys):
+    for name, values in dict(temperature="-1 nan inf", cfg_scale="nan -0.5", threshold="nan -1",
+                             top_p="-1 nan 1.5", top_k="0 -3", alg_temp="nan -1").items():
+        for value in values.split():
+            number = int(value) if name == "top_k" else float(value)
+            message = why(sample.generate, model, [[5]], **{name: number})
+            flags = ["--checkpoint", "none", "--prompt", "river", f"--{name}", value]
+            assert main_of(sample, flags) == 2 and says(message, f"{name} must {value}")
+            assert capsys.readouterr().err == f"error: --{message}\n"
     assert says(why(sample.generate, model, [[5]], remasking="best"), "remasking 'best' entropy")
     assert says(why(sample.generate, model, [[5], []]), "prompt at least one token")
     assert says(why(MetaStateConfig(inject_layers=()).check, 3), "inject_layers=() layers 0..2")
     MetaStateConfig(inject_layers=(2, 3), read_layer=1).check(3)
 
 
-# Per script: a line to start from, flags, values of which each makes that line a bad one, words of
-# the message (None: the flag).
+# Per script: a line to start from, flags, values that each spoil it, words (None: the flag).
 TAKEN = ["--checkpoint", "taken"]
 PROMPT = [*TAKEN, "--prompt", "river"]
 RESUME = [*MDLM, "--resume"]
@@ -2620,9 +2592,8 @@ BAD_LINES = {
         (TAKEN, "--out", "none/rows.jsonl .", "--out written"),
         (TAKEN, "--passes", "2", "--lengths 64"),
         ([*TAKEN, "--n", "1"], "--lengths", "0 -5 x 8190 9999999", None),
-        ([*TAKEN, "--n", "1", "--lengths", "64"], "--gen_length", "8150", "--lengths 64 8192"),
-        # 1 + 8190 would fit, the shortest text has 7 tokens
-        ([*TAKEN, "--n", "1", "--lengths", "1"], "--gen_length", "8190", "--lengths 1: 7 8190"),
+        # 1 + 8190 tokens would fit, but the shortest text has 7
+        ([*TAKEN, "--n", "1", "--lengths", "1"], "--gen_length", "8190", "--lengths 1: 7 8192"),
         ([*TAKEN, "--closed_book"], "--facts", "0 25 x", None),
         (TAKEN, "--n --gen_length --steps", "0 -1 x", None)],
     sample: [
@@ -2637,9 +2608,6 @@ BAD_LINES = {
         (PROMPT, "--remasking --eos", "magic", None),
         (PROMPT, "--arm", "magic", "arms off, on, magic"),
         (PROMPT, "--top_p", "0.5", "top_p low_confidence"),
-        # before the checkpoint, which does not exist, is looked for
-        *((["--checkpoint", "none", "--prompt", "river"], f"--{name}", values, f"--{name} must")
-          for name, values in OUT_OF_RANGE.items()),
         (PROMPT, "--html", "no/page", "no/page"),
         ([*TAKEN, "--closed_book"], "--prompt",
          "river '? river =' 'river =' ' \n? river =' 'river = 47 .'", "no question text")]}
@@ -2649,7 +2617,6 @@ RULER = [{"input": "river = 47 . stone = 12 . river = 30 . ? river", "outputs": 
           "length": 20, "answer_prefix": " =", "index": 7},
          {"input": "window = 11 . ? window =", "outputs": ["11"], "length": 19}]
 BABILONG = [{"input": "mary moved kitchen .", "question": "? where mary", "target": "kitchen"}]
-
 USER = {"role": "user", "content": "river"}
 REPLY = {"role": "assistant", "content": "47"}
 
@@ -2699,16 +2666,14 @@ def bad_inputs(script):
 @pytest.mark.parametrize("script", BAD_LINES)
 def test_bad_flags_and_bad_data_end_with_one_message_and_exit_code_2_and_touch_no_file(
         here, monkeypatch, capsys, script):
-    """Before anything is decoded, trained (the tiny backbone, too) or written. `taken`: an adapter,
-    `base` under it. Of data in another format the message says what converts it."""
+    """Before anything is decoded, trained or written, the tiny backbone's pretraining, too."""
     model = load_backbone("tiny", "cpu")
     bb.save_backbone(model, "base", niah.tiny_tokenizer())
     bb.save_adapter(model.add_lora(2, 4), "taken", "base")
     torch.save({"settings": {"steps": 1}}, "taken/resume.pt")
     Path("taken/.lock").touch()
     Path("runs/pretrained-seed2/resume.pt").mkdir(parents=True)
-    Path("runs/pretrained-seed3").mkdir()
-    Path("runs/pretrained-seed3/resume.pt").write_bytes(b"PK")
+    write_lines("runs/pretrained-seed3/resume.pt", [])
     for module, name in ((sample, "generate"), (niah, "generate"), (train.Run, "batch")):
         monkeypatch.setattr(module, name, None)
 
@@ -2723,15 +2688,13 @@ def test_bad_flags_and_bad_data_end_with_one_message_and_exit_code_2_and_touch_n
         assert says(said.splitlines()[-1], f"error: {words}"), (argv, data[:80], said)
 
 
-JUNK = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"]
-
-
 def test_a_line_of_data_with_a_random_edit_is_read_or_refused_with_file_and_number(here):
     rng = random.Random(0)
+    junk = ["", '"', "{", "}", "null", "NaN", "[1]", ",", "\\", "é", '"response": 3, ', "\\u0000"]
     refused = 0
     for _ in range(200):
         at = rng.randrange(len(GOOD_LINE))
-        edited = GOOD_LINE[:at] + rng.choice(JUNK) + GOOD_LINE[at + rng.randint(0, 9):]
+        edited = GOOD_LINE[:at] + rng.choice(junk) + GOOD_LINE[at + rng.randint(0, 9):]
         Path("edited.jsonl").write_text(f"{GOOD_LINE}\n{edited}\n{GOOD_LINE}")
         try:
             assert len(read_jsonl("edited.jsonl")) == 3
@@ -2752,8 +2715,7 @@ def test_a_line_beyond_max_len_is_left_out_counted_and_never_reaches_the_tokeniz
     assert says(why(read_jsonl, "long.jsonl", max_len=3), "long.jsonl: 0 usable")
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here, capsys):
-    """In a process that can write no file beyond 300 kB."""
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resumed(here):
     import resource
     options = [*MDLM, "--save_every", "1", "--out", "run", "--steps", "3"]
     with killed_at(1):
@@ -2762,10 +2724,10 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives_and_can_be_resume
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
-        assert main_of(train, [*options, "--resume"]) == 2
+        message = why(run_train, *options, "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert says(capsys.readouterr().err, "run/resume.pt could not be written")
+    assert says(message, "run/resume.pt could not be written")
     assert contents("run", but=["log.jsonl"]) == before
     run_train(*options, "--resume")
     assert train.read_state("run/resume.pt")["step"] == 3
@@ -2791,24 +2753,22 @@ def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file_with_weights(here
 
 def test_a_nan_loss_stops_with_step_and_seed_and_keeps_the_last_checkpoint(here):
     options = [*MDLM, "--steps", 20, "--lr", "1e30", "--out"]
-    message = why(run_train, *options, "once", "--save_every", 1)
-    assert says(message, "nan step seed 0 checkpoint once intact")
+    assert says(why(run_train, *options, "once", "--save_every", 1), "nan step seed 0 once intact")
     load_backbone("once", "cpu")
     assert says(why(run_train, *options, "never"), "no checkpoint written")
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
+    import multiprocessing
     options = [*MDLM, "--steps", 1, "--out", "run"]
-    code = ("import pathlib, time, train\nwith train.locked(pathlib.Path('run')):\n"
-            "    print('held', flush=True)\n    time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert other.stdout.readline() == "held\n"
+    with train.locked(Path("run")):
+        other = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+        other.start()                           # it has the lock, too, and keeps it
     for more in ([], ["--resume"]):
         assert says(why(run_train, *options, *more), "run in use by another")
     assert [f.name for f in Path("run").iterdir()] == [".lock"]
     other.kill()
-    other.wait()
+    other.join()
     run_train(*options)
     assert len(log_of("run")) == 1
 
@@ -2821,23 +2781,20 @@ HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
 GIFTS = {"input": "", "question": "what?", "target": "apple,milk"}
 
 
-@pytest.mark.parametrize("file, line, output, found, exact", [
-    ("niah_single_1.jsonl", RULER[0], "it is 47", 0.5, 0.0),
-    ("niah_single_1.jsonl", RULER[0], "30 and 47", 1.0, 0.0),
-    ("niah_single_1.jsonl", RULER[0], "47 30", 1.0, 1.0),
-    ("vt/validation.jsonl", LIST, "MARY", 0.5, 0.0),
-    ("qa_1/validation.jsonl", LIST, "MARY", 1.0, 0.0),
-    ("qa1_4k.jsonl", BABILONG[0], "In the Kitchen. Or the office.", 1.0, 1.0),
-    ("qa1.jsonl", BABILONG[0], "kitchen or office", 1.0, 0.0),
-    ("qa1.jsonl", HEDGE, "From the kitchen to the hallway", 1.0, 1.0),
-    ("qa1.jsonl", HEDGE, "I do not know. The hallway", 1.0, 0.0),
-    ("qa2/4k.jsonl", BABILONG[0], "office", 0.0, 0.0),
-    ("qa8.jsonl", GIFTS, "milk and apple", 0.0, 1.0)], ids=itertools.count())
-def test_a_benchmarks_line_is_scored_by_its_own_rules(here, monkeypatch, file, line, output, found,
-                                                      exact):
+@pytest.mark.parametrize("file, line, scores", [             # {output: (recall, exact)}
+    ("niah_single_1.jsonl", RULER[0], {"it is 47": (0.5, 0), "30 and 47": (1, 0), "47 30": (1, 1)}),
+    ("vt/validation.jsonl", LIST, {"MARY": (0.5, 0)}),
+    ("qa_1/validation.jsonl", LIST, {"MARY": (1, 0)}),
+    ("qa1_4k.jsonl", BABILONG[0], {"In the Kitchen. Or the office.": (1, 1)}),
+    ("qa1.jsonl", BABILONG[0], {"kitchen or office": (1, 0)}),
+    ("qa1.jsonl", HEDGE, {"From the kitchen to the hallway": (1, 1),
+                          "I do not know. The hallway": (1, 0)}),
+    ("qa2/4k.jsonl", BABILONG[0], {"office": (0, 0)}),
+    ("qa8.jsonl", GIFTS, {"milk and apple": (0, 1)})], ids=itertools.count())
+def test_a_benchmarks_line_is_scored_by_its_own_rules(here, monkeypatch, file, line, scores):
     monkeypatch.setattr(niah, "encode_prompt", lambda *a: [3])
     _, [s], _ = niah.read_benchmark(write_lines(file, [line]), random_backbone(), None)
-    assert s.score(output) == (found, exact)
+    assert {output: s.score(output) for output in scores} == scores
 
 
 def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long_is_counted(
@@ -2863,7 +2820,6 @@ def test_benchmark_files_are_decoded_with_memory_off_and_on_and_what_is_too_long
     ids = sample.generate(backbone, prompt, gen_length=30)[0]
     assert first["output"] == tokenizer.decode(sample.cut(ids, backbone.cfg))
     assert last["prompt"] == "mary moved kitchen .\n? where mary"
-    assert last["recall"] == float("kitchen" in last["output"])
 
 
 def test_a_card_of_80_gb_is_estimated_to_write_8192_tokens_into_llada_moe_and_train_metastate():
