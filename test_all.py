@@ -245,12 +245,13 @@ SLOTS = ["--method", "metastate", *SMALL]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory; pretraining takes two steps, the held-out loss 16 texts."""
+    """An empty working directory; pretraining takes two steps, held-out losses are of two texts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     short = dict(train.DEFAULTS["pretrain"], steps=2, batch_size=4, lr=1e-3)
     monkeypatch.setitem(train.DEFAULTS, "pretrain", short)
-    monkeypatch.setattr(train.Run.held_out, "__defaults__", (16,))
+    for function in (train.Run.held_out, train.Run.recalled):
+        monkeypatch.setattr(function, "__defaults__", (2,))
     return tmp_path
 
 
@@ -1386,6 +1387,7 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
 
 def new_checkpoint():
     """An untrained tiny checkpoint in the working directory, as a command line names it."""
+    torch.manual_seed(0)
     bb.save_backbone(load_backbone("tiny", "cpu"), "new", niah.tiny_tokenizer())
     return "--checkpoint", "new"
 
@@ -1406,8 +1408,7 @@ def test_a_closed_book_prompt_ends_with_a_line_or_a_question_mark_that_starts_th
         tiny, text, question):
     longer = "stone = 12 . the sky is blue ."
     questions, arms, _ = sample.close_book(*tiny, [f"{longer} ? stone =", text], ".")
-    assert questions == ["? stone =", question]
-    assert list(arms) == ["none", "written"]
+    assert questions == ["? stone =", question] and list(arms) == ["none", "written"]
     written = text.strip().removesuffix(question).strip()
     expected, *_ = sample.write_texts(*tiny, [longer, written], MemDLMConfig())
     _, phi = arms["written"](tiny[0], torch.ones(2, 1), None, 1)
@@ -1427,26 +1428,18 @@ def solved(s):
         listed = words[1:-1]
         return sorted(sorted(set(listed), key=listed.count)[-3:], key=niah.KEYS.index)
     if s.task == "stories":
-        place, holder = {}, {}
-        for who, did, what in re.findall(r"(\w+) (moved|took) (\w+) \.", s.prompt):
-            if did == "moved":
-                place[who] = what
-            else:
-                holder[what] = who
-        return [holder[last], place[holder[last]]]
-    if s.task.startswith("tracking"):
-        name_of = {value: name for name, value in pairs}
-        names = [last]
-        while names[-1] in name_of:
-            names.append(name_of[names[-1]])
-        return names[1:]
-    if s.task == "resolve":
-        path = [asked]
-        while path[-1] in dict(pairs):
-            path.append(dict(pairs)[path[-1]])
-        assert len(path) == s.hops + 2
-        return path[-1:]
-    return [value for key, value in pairs if key == asked]
+        place = dict(re.findall(r"(\w+) moved (\w+)", s.prompt))
+        [holder] = re.findall(rf"(\w+) took {last}", s.prompt)
+        return [holder, place[holder]]
+    if s.task not in ("tracking", "tracking4", "resolve"):
+        return [value for key, value in pairs if key == asked]
+    # a chain is followed up, from name to value, or down to all that hold it
+    up = s.task == "resolve"
+    path, after = [asked if up else last], dict(pair[::1 if up else -1] for pair in pairs)
+    while path[-1] in after:
+        path.append(after[path[-1]])
+    assert len(path) == s.hops + 2
+    return path[-1:] if up else path[1:]
 
 
 @pytest.mark.parametrize("task", [*niah.TASKS, "more_hops"])
@@ -1483,10 +1476,8 @@ def test_a_pair_of_the_evaluation_never_occurs_in_training_and_all_evaluations_a
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
-    tasks = list(niah.TASKS)
-    texts = niah.make_samples(tasks, 64, 20, 3)
-    assert texts == niah.make_samples(tasks, 64, 20, 3)
-    assert texts != niah.make_samples(tasks, 64, 20, 4)
+    once, again, other = (niah.make_samples(list(niah.TASKS), 64, 20, seed) for seed in (3, 3, 4))
+    assert once == again != other
 
 
 @pytest.mark.parametrize("task, least, most", [("multikey", 0.25, 0.25), ("stories", 0.2, 0.28)])
@@ -1524,13 +1515,6 @@ def test_recall_is_the_share_of_references_found_but_a_storys_first_sentence_nam
         assert niah.scored(s, ids, tokenizer, config)["recall"] == value, output
 
 
-def write_prompts(lines):
-    """prompts.jsonl, and a checkpoint in `saved`."""
-    write_lines("prompts.jsonl", lines)
-    torch.manual_seed(0)
-    bb.save_backbone(load_backbone("tiny", "cpu"), "saved", niah.tiny_tokenizer())
-
-
 def write_lines(file, lines):
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -1544,13 +1528,13 @@ def rows_in(file):
 PROMPTS = [{"prompt": "river = 47 . ? river =", "task_id": "HumanEval/0"},
            {"messages": [{"role": "user", "content": "stone = 12 . ? stone ="}]},
            {"prompt": "? river ="}]
-DECODE = ["--checkpoint", "saved", "--device", "cpu", "--data", "prompts.jsonl", "--batch_size",
-          "2", "--temperature", "1"]
+DECODE = "--checkpoint new --device cpu --data prompts.jsonl --batch_size 2 --temperature 1".split()
 
 
 def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_whole_line(
         here, capsys):
-    write_prompts(PROMPTS)
+    write_lines("prompts.jsonl", PROMPTS)
+    new_checkpoint()
     assert main_of(sample, [*DECODE, "--out", "whole.jsonl"]) == 0
     assert re.search(r"\d+ forward passes, \d+ tokens, [\d.]+ tokens/s", capsys.readouterr().out)
     rows = rows_in("whole.jsonl")
@@ -1597,11 +1581,12 @@ sys.exit(main_of(niah, [*evaluate, "--out", "dead.jsonl"]))
 def test_two_processes_with_sharded_frozen_layers_work_as_one_and_a_dead_one_ends_the_run(
         on_data, capsys):
     """They train, decode a file of prompts and evaluate."""
-    write_prompts(PROMPTS)
-    learn = ["--method", "memdlm", *on_data, "--steps", "3", "--lr", "1e-2", "--lora", "4",
-             "--lora_dropout", "0", "--rank", "4", "--n_eval", "0", "--device", "cpu"]
-    evaluate = ["--checkpoint", "saved", "--device", "cpu", "--n", "3", "--lengths", "32", "64",
-                "--tasks", "single", "common", "resolve"]
+    write_lines("prompts.jsonl", PROMPTS)
+    new_checkpoint()
+    learn = [*on_data, *("--method memdlm --steps 3 --lr 1e-2 --lora 4 --lora_dropout 0 --rank 4 "
+                         "--n_eval 0 --device cpu").split()]
+    evaluate = ("--checkpoint new --device cpu --n 3 --lengths 32 64 --tasks single common "
+                "resolve").split()
     run_train(*learn, "--batch_size", "4", "--out", "one")
     assert main_of(sample, [*DECODE, "--out", "one_prompts.jsonl"]) == 0
     assert main_of(niah, [*evaluate, "--out", "one.jsonl"]) == 0
@@ -1637,63 +1622,58 @@ def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(he
     assert [row["arm"] for row in rows_in("rows.jsonl")] == ["off"] * 3
 
 
-def test_every_mode_sees_the_introduction_and_the_answer_length():
-    """On a real model all measurements read the prompt that decoding reads. With one token a
-    character answers are long."""
+def test_every_mode_sees_the_introduction_and_the_answer_length(monkeypatch):
+    """On a real model. With one token a character answers are long."""
     characters = argparse.Namespace(
         unk_token="?", encode=lambda text, add_special_tokens: [ord(c) for c in text],
         decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
     assert niah.answer_budget(niah.tiny_tokenizer()) == niah.BUDGET
     longest = max(len(s.answer) for s in niah.make_samples(list(niah.TASKS), 64, 2000, 0))
     assert niah.answer_budget(characters) >= longest + 1
-    seen = []
-
-    def memory(backbone, xt, attend, start):
-        seen.append(("".join(map(chr, xt[0, :start])), xt.shape[1] - start))
-        return sample.no_memory(backbone, xt, attend, start)
+    calls = spied(monkeypatch, sample, "no_memory")
     model = random_backbone(vocab_size=400, family="llada")
-    arguments = (model, characters, {"off": memory}, ["resolve"])
+    arguments = (model, characters, {"off": sample.no_memory}, ["resolve"])
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12)
     niah.evaluate(*arguments, [64], 1, 0, gen_length=12, passes=2)
     exposure(*arguments, 64, 1, 0, gen_length=12)
-    assert len(seen) == 3
-    for prompt, gen_length in seen:
-        assert niah.INTRO in prompt and gen_length == 12
+    assert len(calls) == 3
+    for (_, xt, _, start), _ in calls:
+        assert niah.INTRO in "".join(map(chr, xt[0, :start])) and xt.shape[1] - start == 12
 
 
 def test_a_text_of_facts_asked_several_times_keeps_its_text_and_has_the_right_answers():
     [text] = niah.make_samples([niah.facts], 40, 1, 0, "eval")
     for asked in niah.ask(text, 4, random.Random(0)):
-        assert asked.text == text.text
-        assert f"{asked.question.split()[1]} = {asked.answer} ." in text.text
+        assert asked.text == text.text and solved(asked) == [asked.answer]
 
 
 def test_the_arms_of_the_closed_book_are_what_they_are_called(tiny):
     model, tokenizer = tiny
     samples = niah.make_samples([niah.facts], 40, 3, 0, "eval")
-    phi = {arm: niah.phi_of_arm(*tiny, samples, arm, CLOSED) for arm in niah.CLOSED_ARMS}
+
+    def phi_of(arm, some=samples, **changes):
+        return niah.phi_of_arm(*tiny, some, arm, dataclasses.replace(CLOSED, **changes))
+    phi = {arm: phi_of(arm) for arm in niah.CLOSED_ARMS}
     assert phi["none"] is None and phi["open"] is None
     for name, w in phi["written"].items():
         assert torch.equal(phi["other"][name].B[1:], w.B[:-1])
         torch.testing.assert_close(phi["random"][name].B.norm(dim=(1, 2)), w.B.norm(dim=(1, 2)))
         assert not torch.equal(phi["uncovered"][name].B, w.B)
     # one step from B = 0, then: the same the other way round
-    inner = dataclasses.replace(CLOSED, masks=1, chunk=0)
-    once, flipped = (niah.phi_of_arm(*tiny, samples, arm, inner) for arm in ("written", "flipped"))
+    once, flipped = (phi_of(arm, masks=1, chunk=0) for arm in ("written", "flipped"))
     assert all(torch.equal(flipped[name].B, -w.B) for name, w in once.items())
     assert any(w.B.any() for w in once.values())
     # all arms start from the same A
-    inner = dataclasses.replace(CLOSED, inner_lr=0.0)
-    start, cover = (niah.phi_of_arm(*tiny, samples, arm, inner) for arm in ("written", "uncovered"))
+    start, cover = (phi_of(arm, inner_lr=0.0) for arm in ("written", "uncovered"))
     assert all(torch.equal(cover[name].A, w.A) for name, w in start.items())
     # the question is written behind its text, as a chunk of its own
+    phi = phi_of("phi", chunk=16)
     inner = dataclasses.replace(CLOSED, chunk=16)
-    phi = niah.phi_of_arm(*tiny, samples, "phi", inner)
     for row, s in enumerate(samples):
-        one = niah.phi_of_arm(*tiny, [s], "written", inner)
         ids = torch.tensor([tokenizer.encode(s.question)])
         every = torch.ones_like(ids, dtype=torch.bool)
-        one = memdlm.write_chunk(model, one, ids, every, every, inner, False, torch.ones_like)
+        one = memdlm.write_chunk(model, phi_of("written", [s], chunk=16), ids, every, every, inner,
+                                 False, torch.ones_like)
         for name, w in one.items():
             torch.testing.assert_close(phi[name].B[row], w.B[0], rtol=1e-3, atol=1e-4)
 
@@ -1800,21 +1780,18 @@ METHODS = {"mdlm": MDLM, "memdlm": RESPONSE, "closed": CLOSED_BOOK, "metastate":
 
 @pytest.fixture
 def quick(here, monkeypatch):
-    """As `here`, but nothing is reported at the end of a run, and held-out losses are of two texts:
-    both take longer than the steps of these tests."""
+    """As `here`, without the report at the end of a run: it takes longer than the steps."""
     monkeypatch.setattr(train, "report", lambda run: None)
-    monkeypatch.setattr(train.Run.held_out, "__defaults__", (2,))
     return here
 
 
-@pytest.mark.parametrize("flags, loss, arm", [
-    ("--method memdlm", "the closed book (ours)", "other      control: phi of another text"),
-    ("--method metastate", "MetaState's loss", "wiped      control: the same weights"),
-    ("--method memdlm --inner_on response", "MemDLM's loss", "on         phi, adapted")])
+@pytest.mark.parametrize("method, loss, arm", [
+    ("closed", "the closed book (ours)", "other      control: phi of another text"),
+    ("metastate", "MetaState's loss", "wiped      control: the same weights"),
+    ("memdlm", "MemDLM's loss", "on         phi, adapted")], ids=["closed", "metastate", "memdlm"])
 def test_a_run_says_first_which_loss_it_trains_and_last_what_each_arm_is(
-        here, capsys, flags, loss, arm):
-    small = [*SMALL, "--n_eval", 1, "--batch_size", 8, "--length", 16]
-    run_train(*flags.split(), *small, "--steps", 1)
+        here, capsys, method, loss, arm):
+    run_train(*METHODS[method], *"--n_eval 1 --length 16 --tasks resolve --steps 1".split())
     said = capsys.readouterr().out
     assert said.startswith(f"trains {loss}") and f"\n  {arm}" in said
 
@@ -1838,11 +1815,12 @@ def contents(folder, but=()):
     return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in but}
 
 
-@pytest.mark.parametrize("method, save_every", [
-    *((method, 2) for method in [*METHODS.values(), DROPOUT]), (MDLM, 9)],
+@pytest.mark.parametrize("method, save_every, watched", [
+    (MDLM, 2, "held_out_off"), (RESPONSE, 2, "held_out_off"), (CLOSED_BOOK, 2, "recalled"),
+    (SLOTS, 2, "held_out_metastate"), (DROPOUT, 2, "held_out_off"), (MDLM, 9, "held_out_off")],
     ids=[*METHODS, "dropout", "before the first checkpoint"])
-def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(
-        quick, capsys, method, save_every):
+def test_a_killed_run_resumed_equals_the_whole_run_bit_for_bit_and_logs_what_its_memory_learns(
+        quick, capsys, method, save_every, watched):
     """Killed after the log of step 2, before the checkpoint of step 4."""
     options = [*method, "--steps", 4, "--save_every", save_every, "--eval_every", 2, "--unroll", 2]
     run_train(*options, "--out", "whole")
@@ -1858,35 +1836,34 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_whole_run_bit_for_bit(
     logs = [[{**row, "seconds": 0} for row in log_of(folder)] for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0]] == [0, 1, 2, 3]
+    assert [list(row)[5:] for row in logs[0]] == [[], [watched], [], [watched]]
+    # of MetaState's, too: the loss of its frozen backbone alone would stay
+    assert watched == "recalled" or logs[0][1][watched] != logs[0][3][watched]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_accumulation_equals_one_large_batch_whose_outer_gradient_is_clipped_to_norm_1(
         quick, method, monkeypatch):
     """Clipped as AdamW sees it, after it was made a million times as large."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
     total = train.Run.sum_over_ranks
-    norms = []
 
     def enlarged(self, loss):
         for p in self.trained:
             p.grad.mul_(1e6)
         return total(self, loss)
-
-    def look(optimizer, *_):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.get_total_norm(gradients).item())
     monkeypatch.setattr(train.Run, "sum_over_ranks", enlarged)
-    hook = register_optimizer_step_pre_hook(look)
     options = [*method, "--steps", 1, "--unroll", 2, "--plain_share", 0]
     options += ["--questions", 2] * (method is CLOSED_BOOK)
     run_train(*options, "--batch_size", 6, "--out", "one")
     run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
-    hook.remove()
     [one], [three] = log_of("one"), log_of("three")
     assert one["loss"] == pytest.approx(three["loss"], abs=1e-6)
     assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-3)
-    assert len(norms) >= 2 and norms == pytest.approx([1.0] * len(norms), rel=1e-3)
+    for folder in ("one", "three"):
+        # after one step the first moment is a tenth of the gradient
+        states = train.read_state(f"{folder}/resume.pt")["optimizer"]["state"].values()
+        norm = torch.nn.utils.get_total_norm([state["exp_avg"] for state in states])
+        assert norm.item() == pytest.approx(0.1, rel=1e-3)
 
 
 def spied(monkeypatch, owner, name):
@@ -1909,7 +1886,7 @@ def test_a_run_decays_matrices_alone_and_trains_with_new_noise_at_each_step_on_n
     run_train(*MDLM, "--steps", 2, "--data", "data.jsonl", "--weight_decay", 0.25)
     [(run, _), (first, _)], [_, (second, _)] = calls
     assert not torch.equal(first.t, second.t)
-    assert len(run.examples) == 36 and len(run.held_examples) == 4
+    assert (len(run.examples), len(run.held_examples)) == (36, 4)
     assert not any(row in run.examples for row in run.held_examples)
     decays = {(p.ndim > 1, group["weight_decay"]) for group in run.optimizer.param_groups
               for p in group["params"]}
@@ -1977,25 +1954,11 @@ def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_sp
 
 def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
     import huggingface_hub
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append(allow_patterns)
-        return tmp_path
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path)
+    calls = spied(monkeypatch, huggingface_hub, "snapshot_download")
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
-    cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
-    train.plan(cfg, {}, {})
-    assert asked and not any("*.safetensors" in patterns for patterns in asked)
-
-
-def test_the_logged_held_out_loss_is_that_of_the_memory_that_is_trained(quick):
-    run_train(*SLOTS, "--unroll", 2, "--steps", 3, "--lr", "1e-2", "--out", "run")
-    rows = log_of("run")
-    assert len({row["held_out_metastate"] for row in rows}) == 3
-    assert "held_out_off" not in rows[0]
-    run_train(*RESPONSE, "--steps", 1, "--out", "memdlm")
-    assert "held_out_off" in log_of("memdlm")[0]
+    train.plan(train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base"), {}, {})
+    assert calls and not any("*.safetensors" in patterns for (_, patterns), _ in calls)
 
 
 def test_metastates_memory_estimate_counts_every_unrolled_step():
@@ -2015,8 +1978,8 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_dat
     assert {k: state["settings"][k] for k in wanted} == wanted
     # one of 40 examples in ten is held out; two rows a step
     assert state["step"] == (40 - 4) // 2
-    for group in state["optimizer"]["param_groups"]:
-        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.0)
+    groups = state["optimizer"]["param_groups"]
+    assert {(g["betas"], g["weight_decay"]) for g in groups} == {((0.9, 0.999), 0.0)}
     adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
 
@@ -2057,17 +2020,14 @@ def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkey
 
 def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
     import torch.distributed.fsdp
-    devices = []
-
-    def noted(layer, mesh, ignored_params):
-        devices.append(mesh.device_type)
-    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", noted)
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda layer, mesh, **_: mesh)
+    calls = spied(monkeypatch, torch.distributed.fsdp, "fully_shard")
     train.dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=0, world_size=1)
     try:
         train.shard(random_backbone())
     finally:
         train.dist.destroy_process_group()
-    assert devices == ["cpu"] * 3
+    assert [mesh.device_type for _, mesh in calls] == ["cpu"] * 3
 
 
 BOOK = [dict(context="river = 47 . stone = 12 .", prompt="? river =", response="47"),
@@ -2081,10 +2041,8 @@ def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_promp
     assert not Path("runs").exists()
     whole = read_jsonl(write_lines("book.jsonl", BOOK))[0]
     hidden = train.read_jsonl("book.jsonl", niah.tiny_tokenizer(), BackboneConfig(), 64, True)[0]
-    assert whole.text == []
-    assert hidden.text + hidden.prompt == whole.prompt
-    assert len(hidden.prompt) == 3
-    assert hidden.response == whole.response
+    assert whole.text == [] and len(hidden.prompt) == 3
+    assert (hidden.text + hidden.prompt, hidden.response) == (whole.prompt, whole.response)
     batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
     assert batch.text.sum(1).tolist() == [8, 0]
     assert torch.equal(batch.x0[0], batch.x0[1])
@@ -2117,15 +2075,14 @@ def test_each_row_of_a_closed_book_file_is_answered_from_its_own_text(quick, mon
 
 def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_weights_are(quick):
     for run, argv, residual, ffn in (
-            ("reader", MDLM, False, [False, False, False]),
-            ("noise", CLOSED_BOOK, True, [False, False, False]),
-            ("one", [*CLOSED_BOOK, "--init", "reader"], False, [False, False, True]),
-            ("two", [*CLOSED_BOOK, "--init", "one", "--fraction", 1], False, [False, False, True]),
-            ("lora", [*CLOSED_BOOK, "--init", "reader", "--lora", 2], False, [False] * 3)):
+            ("reader", MDLM, False, 0), ("noise", CLOSED_BOOK, True, 0),
+            ("one", [*CLOSED_BOOK, "--init", "reader"], False, 1),
+            ("two", [*CLOSED_BOOK, "--init", "one", "--fraction", 1], False, 1),
+            ("lora", [*CLOSED_BOOK, "--init", "reader", "--lora", 2], False, 0)):
         run_train(*argv, "--steps", 1, "--out", run)
         model = load_backbone(run, "cpu")
-        assert model.cfg.conv_residual == residual, run
-        assert [layer.ffn_conv is not None for layer in model.layers] == ffn, run
+        found = [model.cfg.conv_residual, *(layer.ffn_conv is not None for layer in model.layers)]
+        assert found == [residual, False, False, ffn], run
 
 
 # name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
