@@ -1444,12 +1444,14 @@ def solved(s):
 
 @pytest.mark.parametrize("task", [*niah.TASKS, "more_hops"])
 @pytest.mark.parametrize("length", [0, 64, 256])
-def test_a_task_fills_its_length_with_known_words_and_can_be_solved_from_its_text_alone(
+def test_a_task_fills_its_length_with_known_words_is_solved_from_its_text_and_fixed_by_its_seed(
         task, length):
     """59 words hold the longest task without any filler."""
     vocabulary = niah.vocabulary()
     n_refs = dict(multivalue=4, tracking=2 + 1, tracking4=4 + 1, common=3).get(task, 1)
-    for s in niah.make_samples([task], length, 100, 0, "eval"):
+    once, again, other = (niah.make_samples([task], length, 100, i, "eval") for i in (0, 0, 1))
+    assert once == again != other
+    for s in once:
         answer = s.answer.split()
         assert 0.75 * length < len(s.prompt.split()) <= max(length, 59)
         assert all(word in vocabulary for word in s.prompt.split() + answer)
@@ -1475,11 +1477,6 @@ def test_a_pair_of_the_evaluation_never_occurs_in_training_and_all_evaluations_a
         assert all(niah.for_evaluation(*pair) for pair in pairs_in(row["prompt"]))
 
 
-def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
-    once, again, other = (niah.make_samples(list(niah.TASKS), 64, 20, seed) for seed in (3, 3, 4))
-    assert once == again != other
-
-
 @pytest.mark.parametrize("task, least, most", [("multikey", 0.25, 0.25), ("stories", 0.2, 0.28)])
 def test_chance_is_what_a_guesser_gets_who_names_a_value_or_a_place_of_the_text(task, least, most):
     rng = random.Random(0)
@@ -1497,8 +1494,7 @@ def test_chance_is_what_a_guesser_gets_who_names_a_value_or_a_place_of_the_text(
 def test_intervals_are_wilsons_near_zero_and_one():
     """Wilson's formula for k right of n; the normal approximation has width 0 at k = n."""
     for k, n in ((100, 100), (0, 100), (97, 100), (1, 1), (40, 80)):
-        p = k / n
-        z = 1.96
+        p, z = k / n, 1.96
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         assert niah.interval([1.0] * k + [0.0] * (n - k)) == pytest.approx((p, half))
 
@@ -1557,24 +1553,22 @@ def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_wh
 
 
 TWO_RANKS = """
-import sys, niah, sample, train
+import itertools, sys, niah, sample, train
 from test_all import main_of
-learn, decode, evaluate = map(str.split, sys.argv[1:])
 sample.join_ranks(train.TrainConfig(device="cpu"))
 train.join_ranks = niah.join_ranks = sample.join_ranks = lambda how: None
 train.dist.destroy_process_group = lambda: None
-main_of(train, learn)
-main_of(sample, decode)
-main_of(niah, [*evaluate, "--out", "two.jsonl"])
-generate, calls = niah.generate, []
+main_of(train, {learn} + ["--batch_size", "2", "--out", "two"])
+main_of(sample, {decode} + ["--out", "two_prompts.jsonl"])
+main_of(niah, {evaluate} + ["--out", "two.jsonl"])
+generate, turn = niah.generate, itertools.count(1)
 
 def failing(*inputs, **settings):
-    calls.append(1)
-    if niah.ranks()[0] == 1 and len(calls) == 2:
+    if next(turn) == 2 and niah.ranks()[0] == 1:
         raise ValueError("the power is gone")
     return generate(*inputs, **settings)
 niah.generate = failing
-sys.exit(main_of(niah, [*evaluate, "--out", "dead.jsonl"]))
+sys.exit(main_of(niah, {evaluate} + ["--out", "dead.jsonl"]))
 """
 
 
@@ -1587,39 +1581,27 @@ def test_two_processes_with_sharded_frozen_layers_work_as_one_and_a_dead_one_end
                          "--n_eval 0 --device cpu").split()]
     evaluate = ("--checkpoint new --device cpu --n 3 --lengths 32 64 --tasks single common "
                 "resolve").split()
-    run_train(*learn, "--batch_size", "4", "--out", "one")
-    assert main_of(sample, [*DECODE, "--out", "one_prompts.jsonl"]) == 0
-    assert main_of(niah, [*evaluate, "--out", "one.jsonl"]) == 0
-    table = capsys.readouterr().out.split("recall by length")[1].split(" answers,")[0]
-    Path("two.py").write_text(TWO_RANKS)
-    argv = [[*learn, "--batch_size", "2", "--out", "two"],
-            [*DECODE, "--out", "two_prompts.jsonl"], evaluate]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               "two.py", *map(" ".join, argv)]
+    Path("two.py").write_text(TWO_RANKS.format(learn=learn, decode=DECODE, evaluate=evaluate))
+    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --standalone".split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    losses = [[row["loss"] for row in log_of(folder)] for folder in ("one", "two")]
-    assert len(losses[0]) == 3
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    with subprocess.Popen([*command, "two.py"], env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as processes:
+        run_train(*learn, "--batch_size", "4", "--out", "one")
+        assert main_of(sample, [*DECODE, "--out", "one_prompts.jsonl"]) == 0
+        assert main_of(niah, [*evaluate, "--out", "one.jsonl"]) == 0
+        said, errors = processes.communicate(timeout=300)
+    table = capsys.readouterr().out.split("recall by length")[1].split(" answers,")[0]
+    one, two = ([row["loss"] for row in log_of(folder)] for folder in ("one", "two"))
+    assert len(one) == 3 and one == pytest.approx(two, abs=1e-5)
     two = weights_of("two")
     for name, weight in weights_of("one").items():
         torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
     for one, two in (("one_prompts.jsonl", "two_prompts.jsonl"), ("one.jsonl", "two.jsonl")):
         assert Path(one).read_bytes() == Path(two).read_bytes()
-    assert ended.stdout.count(table) == 1
+    assert said.count(table) == 1
     # the second process died in its second turn: the first turn's rows are there
-    assert ended.returncode and "error: the power is gone" in ended.stderr
+    assert processes.returncode and "error: the power is gone" in errors
     assert rows_in("dead.jsonl") == rows_in("one.jsonl")[:6]
-
-
-def test_rows_are_written_as_they_come_and_an_error_does_not_stick_to_the_bar(here, tiny, capsys):
-    def failing(*inputs):
-        raise ValueError("the power is gone")
-    arms = {"off": sample.no_memory, "on": failing}
-    with pytest.raises(SystemExit):
-        bb.cli(lambda: niah.evaluate(*tiny, arms, ["single"], [16], 3, 0, "rows.jsonl"))
-    assert capsys.readouterr().err.split("\r")[-1] == "error: the power is gone\n"
-    assert [row["arm"] for row in rows_in("rows.jsonl")] == ["off"] * 3
 
 
 def test_every_mode_sees_the_introduction_and_the_answer_length(monkeypatch):
@@ -1748,12 +1730,11 @@ def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None)
                 for s, prompt in zip(*encoded)]
     batch = train.collate(examples, backbone.cfg, gen_length, torch.Generator())
     x0, given, attend = (x.to(backbone.device) for x in batch[:3])
-    columns = ("mask_ratio", "sequential", "static", "clean", "published_ratio", "clean_ratio")
-    lines = [f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in columns)]
+    lines = []
     for arm, memory in arms.items():
-        for r in exposure_bias(backbone, x0, given, attend, gen_length, memory):
-            lines.append(f"{arm:<14}" + "".join(f"{r[c]:>16.3f}" for c in columns))
-    return "\n".join(lines)
+        rows = exposure_bias(backbone, x0, given, attend, gen_length, memory)
+        lines += [f"{arm:<14}" + "".join(f"{x:>16.3f}" for x in r.values()) for r in rows]
+    return "\n".join([f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in rows[0]), *lines])
 
 
 def blind(backbone, xt, attend, start):
@@ -1952,21 +1933,17 @@ def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_sp
     assert len(log_of("run")) == 2
 
 
-def test_an_estimate_for_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
+def test_an_estimate_for_a_hub_name_fetches_no_weights_and_counts_every_unrolled_step(
+        tmp_path, monkeypatch):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path)
     calls = spied(monkeypatch, huggingface_hub, "snapshot_download")
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llada"]))
-    train.plan(train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base"), {}, {})
+    (tmp_path / "config.json").write_text(json.dumps(REAL["llada"]))
+    cfg = train.TrainConfig(method="metastate", backbone="GSAI-ML/LLaDA-8B-Base")
+    two, four, eight = (train.plan(cfg, {}, dict(unroll=K)).sizes for K in (2, 4, 8))
     assert calls and not any("*.safetensors" in patterns for (_, patterns), _ in calls)
-
-
-def test_metastates_memory_estimate_counts_every_unrolled_step():
-    llada = bb.config_from_json(REAL["llada"])
-    kept = [train.estimate(llada, "metastate", 1, 256, 0, meta_cfg=MetaStateConfig(unroll=K))
-            for K in (2, 4, 8)]
     for part in ("activations", "logits"):
-        assert kept[2][part] == 2 * kept[1][part] == 4 * kept[0][part]
+        assert eight[part] == 2 * four[part] == 4 * two[part]
 
 
 def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_data):
@@ -1984,17 +1961,17 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_dat
     assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
 
 
-@pytest.mark.parametrize("options, family, closed, stage, expected", [
-    (dict(data="a file"), "llada", False, "published", dict(epochs=5, steps=None, max_len=4096)),
-    (dict(), "llada", False, "published", dict(steps=1000)),
-    (dict(method="mdlm"), "tiny", False, "pretrain",
-     dict(loss_weight="uniform", warmup=0.03, beta2=0.98, weight_decay=0.01)),
-    (dict(), "tiny", True, "closed_book", dict())],
-    ids=["LLaDA on a file", "LLaDA on niah texts", "tiny from noise", "closed book"])
-def test_defaults_depend_on_the_backbone_and_on_the_data(options, family, closed, stage, expected):
-    cfg = train.TrainConfig(**options)
-    assert train.fill_in(cfg, family, closed) == stage
-    assert expected.items() <= vars(cfg).items()
+def test_defaults_depend_on_the_backbone_and_on_the_data():
+    on_file, from_noise = dict(data="a file"), dict(method="mdlm")
+    for stage, family, closed, options, expected in (
+            ("published", "llada", False, on_file, dict(epochs=5, steps=None, max_len=4096)),
+            ("published", "llada", False, {}, dict(steps=1000)),
+            ("pretrain", "tiny", False, from_noise,
+             dict(loss_weight="uniform", warmup=0.03, beta2=0.98, weight_decay=0.01)),
+            ("closed_book", "tiny", True, {}, {})):
+        cfg = train.TrainConfig(**options)
+        assert train.fill_in(cfg, family, closed) == stage
+        assert expected.items() <= vars(cfg).items(), stage
 
 
 def test_dropout_is_on_in_training_and_off_in_the_held_out_loss(quick, monkeypatch):
@@ -2085,22 +2062,19 @@ def test_the_closed_book_gives_a_model_that_reads_a_convolution_where_its_fast_w
         assert found == [residual, False, False, ffn], run
 
 
-# name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 ON_PRETRAINED = "--init runs/pretrained-seed{s}"
 ON_256 = "--init runs/pretrained-256-seed{s}"
 UP_TO_256 = "--length 256 --lr 3e-3 --batch_size 48 --full_share 0 --steps 2000"
+PLAIN = f"--method mdlm {ON_PRETRAINED}"
 UNROLLED = f"--method metastate {ON_PRETRAINED}"
-
 # without slots: about as many seconds as MetaState's updates take, on the same tasks
-SAME_COST = (f"--method mdlm {ON_PRETRAINED} --steps 8000 --batch_size 32 --full_share 0 --tasks "
+SAME_COST = (f"{PLAIN} --steps 8000 --batch_size 32 --full_share 0 --tasks "
              + " ".join(train.DEFAULTS["metastate"]["tasks"]))
-
 # of MetaState on longer texts: tokens of the longest, over which the slots are spread; slots
 PLACES = (64, 32), (128, 32), (128, 64), (256, 32), (256, 64), (256, 128)
-
 # four answers of five are a coin's toss
-ON_RESOLVE = f"{ON_PRETRAINED} --tasks resolve --full_share 0 --lr 1e-3"
-
+ON_RESOLVE = "--tasks resolve --full_share 0 --lr 1e-3"
+# name of a run -> arguments of train.py; {s}: the training seed; the folder: runs/NAME-seed{s}
 RUNS = {
     "pretrained": "--method mdlm",
     "metastate": UNROLLED,
@@ -2112,36 +2086,33 @@ RUNS = {
     **{f"places-{length}-slots-{n}": f"--method metastate {ON_256} --length {length} "
                                      f"--span {length} --num_slots {n}" for length, n in PLACES},
     "lora": f"{SAME_COST} --lora 30 --lr 3e-3",
-    "lora-1e-3": f"{SAME_COST} --lora 30 --lr 1e-3",
-    "lora-3e-4": f"{SAME_COST} --lora 30 --lr 3e-4",
+    **{f"lora-{lr}": f"{SAME_COST} --lora 30 --lr {lr}" for lr in ("1e-3", "3e-4")},
     "all-weights": f"{SAME_COST} --lr 1e-3",
     "closed": "--method memdlm",
-    "pretrained-256": f"--method mdlm {ON_PRETRAINED} {UP_TO_256}",
+    "pretrained-256": f"{PLAIN} {UP_TO_256}",
     # without the clip the inner loop of one seed blew up when texts reached 256 tokens
     "reads": (f"--method memdlm {ON_256} --plain_share 0.3 --exact_from 0.5 --surprise 16 "
               "--clip 10 --steps 2400"),
     "reads-mdlm": f"--method mdlm {ON_256} --tasks facts {UP_TO_256}",
     "first-order": "--method memdlm --exact_from 1",
-    # as many seconds as "closed" takes
-    "first-order-long": "--method memdlm --exact_from 1 --steps 3000",
+    "first-order-long": "--method memdlm --exact_from 1 --steps 3000",  # as long as "closed" takes
     **{f"rank-{n}": f"--method memdlm --rank {n} --alpha {2 * n}" for n in (4, 16, 64)},
     "layers-2": "--method memdlm --fraction 0.5",
-    "open-long": (f"--method mdlm {ON_PRETRAINED} --tasks facts --length 1024 --lr 1e-3 "
-                  "--full_share 0 --steps 800"),
+    "open-long": f"{PLAIN} --tasks facts --length 1024 --lr 1e-3 --full_share 0 --steps 800",
     "published": f"--method memdlm --inner_on response {ON_PRETRAINED}",
-    "published-mdlm": f"--method mdlm {ON_PRETRAINED} --steps 400",
-    "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_RESOLVE}",
-    "trap-mdlm": f"--method mdlm {ON_RESOLVE}"}
+    "published-mdlm": f"{PLAIN} --steps 400",
+    "trap": f"--method memdlm --inner_on response --inner_lr 1 {ON_PRETRAINED} {ON_RESOLVE}",
+    "trap-mdlm": f"{PLAIN} {ON_RESOLVE}"}
 
 
 def ensure(name, seed):
     """The folder of a run, trained first if it is not there."""
     folder = Path(f"runs/{name}-seed{seed}")
-    arguments = RUNS[name].format(s=seed).split()
     for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
         ensure(needed, seed)
     if not folder.exists():
-        run_script("train.py", *arguments, "--seed", seed, "--n_eval", 0, "--out", folder)
+        run_script("train.py", *RUNS[name].format(s=seed).split(), "--seed", seed, "--n_eval", 0,
+                   "--out", folder)
     return folder
 
 
@@ -2161,9 +2132,8 @@ def losses(runs, seeds):
     lines = [f"{'run':<16}{'training loss':>16}{'held-out loss':>16}"]
     for run, seed in itertools.product(runs, seeds):
         rows = log_rows(run, seed)
-        last = [2 * row["loss"] for row in rows[-50:]]
-        held_out = rows[-1]["held_out_off"]
-        lines.append(f"{f'{run}-seed{seed}':<16}{sum(last) / len(last):>16.3f}{held_out:>16.3f}")
+        last = np.mean([2 * row["loss"] for row in rows[-50:]])
+        lines.append(f"{f'{run}-seed{seed}':<16}{last:>16.3f}{rows[-1]['held_out_off']:>16.3f}")
     return "\n".join(lines)
 
 
