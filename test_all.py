@@ -1457,7 +1457,7 @@ def test_a_task_fills_its_length_with_known_words_is_solved_from_its_text_and_fi
         assert all(word in vocabulary for word in s.prompt.split() + answer)
         assert solved(s) == answer
         assert s.refs == answer[-n_refs:] and len(answer) == n_refs + (task == "stories")
-        assert niah.recall(s.refs, s.answer) == 1.0
+        assert s.score(s.answer) == (1.0, 1.0)
         assert 0 < s.chance <= 1 and 0 <= s.depth <= 1
 
 
@@ -1469,8 +1469,8 @@ def test_a_pair_of_the_evaluation_never_occurs_in_training_and_all_evaluations_a
             for left, right in pairs_in(s.prompt):
                 drawn = (left, right) if right.isdigit() else (right, left)
                 assert niah.for_evaluation(*drawn) == (split == "eval")
-    arguments = (*tiny, {"off": sample.no_memory}, ["multikey"])
-    rows = niah.evaluate(*arguments, [16], 20, 0) + niah.evaluate(*arguments, [16], 20, 0, passes=1)
+    arguments = (*tiny, {"off": sample.no_memory}, ["multikey"], [16], 20, 0)
+    rows = niah.evaluate(*arguments) + niah.evaluate(*arguments, passes=1)
     rows += niah.closed_book(*tiny, CLOSED, arms=["none"], n_facts=[4], lengths=[0], n=20, seed=0)
     assert len(rows) == 60
     for row in rows:
@@ -1479,16 +1479,14 @@ def test_a_pair_of_the_evaluation_never_occurs_in_training_and_all_evaluations_a
 
 @pytest.mark.parametrize("task, least, most", [("multikey", 0.25, 0.25), ("stories", 0.2, 0.28)])
 def test_chance_is_what_a_guesser_gets_who_names_a_value_or_a_place_of_the_text(task, least, most):
-    rng = random.Random(0)
-    hits, chances = 0, []
+    rng, hits, chances = random.Random(0), 0, []
     for s in niah.make_samples([task], 64, 2000, 0, "eval"):
         places = sorted(set(s.prompt.split()) & set(niah.PLACES))
         guess = rng.choice(places or [value for _, value in pairs_in(s.prompt)])
         hits += niah.recall(s.refs, guess) / 2000
         chances.append(s.chance)
     chance = sum(chances) / 2000
-    assert least <= chance <= most
-    assert abs(hits - chance) < 0.03
+    assert least <= chance <= most and abs(hits - chance) < 0.03
 
 
 def test_intervals_are_wilsons_near_zero_and_one():
@@ -1543,22 +1541,19 @@ def test_a_file_of_prompts_is_decoded_by_every_arm_and_goes_on_after_its_last_wh
         Path("parts.jsonl").write_bytes(whole[:kept])
         assert main_of(sample, [*DECODE, "--out", "parts.jsonl"]) == 0
         assert Path("parts.jsonl").read_bytes() == whole
-    for wrong in (["--out", "none/rows.jsonl"], ["--out", "rows.jsonl", "--watch"]):
-        assert main_of(sample, [*DECODE, *wrong]) == 2
     # answers with other settings are never mixed
-    capsys.readouterr()
-    assert main_of(sample, [*DECODE, "--out", "whole.jsonl", "--steps", "3"]) == 2
-    assert "holds other answers" in capsys.readouterr().err
+    for wrong, words in (("none/rows.jsonl", ""), ("rows.jsonl --watch", ""),
+                         ("whole.jsonl --steps 3", "holds other answers")):
+        assert main_of(sample, [*DECODE, "--out", *wrong.split()]) == 2
+        assert words in capsys.readouterr().err
     assert Path("whole.jsonl").read_bytes() == whole
 
 
 TWO_RANKS = """
-import itertools, sys, niah, sample, train
-from test_all import main_of
-sample.join_ranks(train.TrainConfig(device="cpu"))
-train.join_ranks = niah.join_ranks = sample.join_ranks = lambda how: None
+from test_all import itertools, main_of, niah, sample, sys, train
 train.dist.destroy_process_group = lambda: None
 main_of(train, {learn} + ["--batch_size", "2", "--out", "two"])
+niah.join_ranks = sample.join_ranks = lambda how: None
 main_of(sample, {decode} + ["--out", "two_prompts.jsonl"])
 main_of(niah, {evaluate} + ["--out", "two.jsonl"])
 generate, turn = niah.generate, itertools.count(1)
@@ -1574,13 +1569,10 @@ sys.exit(main_of(niah, {evaluate} + ["--out", "dead.jsonl"]))
 
 def test_two_processes_with_sharded_frozen_layers_work_as_one_and_a_dead_one_ends_the_run(
         on_data, capsys):
-    """They train, decode a file of prompts and evaluate."""
     write_lines("prompts.jsonl", PROMPTS)
     new_checkpoint()
-    learn = [*on_data, *("--method memdlm --steps 3 --lr 1e-2 --lora 4 --lora_dropout 0 --rank 4 "
-                         "--n_eval 0 --device cpu").split()]
-    evaluate = ("--checkpoint new --device cpu --n 3 --lengths 32 64 --tasks single common "
-                "resolve").split()
+    learn = [*RESPONSE, *on_data, *"--steps 3 --lr 1e-2 --lora 4 --lora_dropout 0 --rank 4".split()]
+    evaluate = [*DECODE[:4], *"--n 3 --lengths 32 64 --tasks single common resolve".split()]
     Path("two.py").write_text(TWO_RANKS.format(learn=learn, decode=DECODE, evaluate=evaluate))
     command = [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --standalone".split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -1593,9 +1585,7 @@ def test_two_processes_with_sharded_frozen_layers_work_as_one_and_a_dead_one_end
     table = capsys.readouterr().out.split("recall by length")[1].split(" answers,")[0]
     one, two = ([row["loss"] for row in log_of(folder)] for folder in ("one", "two"))
     assert len(one) == 3 and one == pytest.approx(two, abs=1e-5)
-    two = weights_of("two")
-    for name, weight in weights_of("one").items():
-        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(weights_of("one"), weights_of("two"), atol=1e-4, rtol=1e-3)
     for one, two in (("one_prompts.jsonl", "two_prompts.jsonl"), ("one.jsonl", "two.jsonl")):
         assert Path(one).read_bytes() == Path(two).read_bytes()
     assert said.count(table) == 1
@@ -1666,9 +1656,8 @@ def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_
     prompts = ["--prompt", "river = 47 . ? river =", "stone = 12 . ? stone ="]
     assert main_of(sample, [*argv, *prompts]) == 0
     said = capsys.readouterr().out
-    assert "of 2 answers" in said
-    for arm in ("none", "written"):
-        assert len(re.findall(f"^ +{arm}: ", said, flags=re.M)) == 2
+    arms = re.findall("^ +(none|written): ", said, flags=re.M)
+    assert sorted(arms) == ["none"] * 2 + ["written"] * 2 and "of 2 answers" in said
     argv += ["--n", "3", "--facts", "2", "--lengths", "0"]
     assert main_of(niah, [*argv, "--out", "all.jsonl"]) == 0
     assert {row["arm"] for row in rows_in("all.jsonl")} == niah.CLOSED_ARMS.keys() - {"uncovered"}
@@ -1676,8 +1665,7 @@ def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_
     rows = rows_in("new/closed_book.jsonl")
     cells = {(row["arm"], row["facts"], row["length"]) for row in rows}
     assert cells == {(a, *c) for a in ("none", "written") for c in ((2, 0), (2, 40), (16, 0))}
-    assert len(rows) == 3 * len(cells)
-    assert all(row["recall"] in (0.0, 1.0) for row in rows)
+    assert len(rows) == 3 * len(cells) and {row["recall"] for row in rows} <= {0.0, 1.0}
     table = capsys.readouterr().out.split("recall by length")[-1].split("\n")[1:6]
     # facts, whether the longer length is left out, chance
     lines = [(line[1], line[-2] == "-", line[-1]) for line in map(str.split, table[:4])]
@@ -1686,19 +1674,18 @@ def test_the_closed_book_flag_decodes_and_measures_and_leaves_out_what_a_length_
 
 
 @torch.no_grad()
-def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
+def exposure_bias(backbone, x0, given, attend, steps, memory):
     """How much worse is the model on its own trajectory than on ground truth? At mask ratios 1,
     1 - 1/S, ... three losses, means over the batch's masked tokens; the response ends every row.
-
-    sequential: what is masked after denoising down to this ratio with its own, surest tokens.
-    static: as many random masks in the ground truth; the paper's ratio is sequential / static.
-    clean: the sequential masks in the ground truth. Free of the selection effect (ours).
+    sequential: what is masked after denoising down to this ratio with its own, surest tokens;
+    static: as many random masks in the ground truth; the paper's ratio is sequential / static;
+    clean (ours): the sequential masks in the ground truth, free of the selection effect.
     All three start from the memory that the sequential run has left."""
     mask_id = backbone.cfg.mask_id
     n = (~given).sum(1)                                                                 # (B,)
     xt = x0.masked_fill(~given, mask_id)
-    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed))
-    u = u.to(x0.device).masked_fill(given, 2.0)
+    u = torch.rand(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+    u = u.masked_fill(given, 2.0)
     predict, state = memory(backbone, xt, attend, bb.answer_start(given))
     rows = []
 
@@ -1708,8 +1695,7 @@ def exposure_bias(backbone, x0, given, attend, steps, memory, seed=0):
     for step in range(steps):
         masked = (xt == mask_id) & ~given
         at_random = bb.smallest(u, masked.sum(1))
-        static = measure(x0.masked_fill(at_random, mask_id), at_random)[0]
-        clean = measure(x0.masked_fill(masked, mask_id), masked)[0]
+        static, clean = (measure(x0.masked_fill(m, mask_id), m)[0] for m in (at_random, masked))
         sequential, logits, state = measure(xt, masked)
         rows.append(dict(mask_ratio=1 - step / steps, sequential=sequential, static=static,
                          clean=clean, published_ratio=sequential / static,
@@ -1729,10 +1715,9 @@ def exposure(backbone, tokenizer, arms, tasks, length, n, seed, gen_length=None)
     examples = [train.Example([], prompt, bb.encode(tokenizer, s.answer)[:gen_length])
                 for s, prompt in zip(*encoded)]
     batch = train.collate(examples, backbone.cfg, gen_length, torch.Generator())
-    x0, given, attend = (x.to(backbone.device) for x in batch[:3])
-    lines = []
+    inputs, lines = [x.to(backbone.device) for x in (batch.x0, batch.given, batch.attend)], []
     for arm, memory in arms.items():
-        rows = exposure_bias(backbone, x0, given, attend, gen_length, memory)
+        rows = exposure_bias(backbone, *inputs, gen_length, memory)
         lines += [f"{arm:<14}" + "".join(f"{x:>16.3f}" for x in r.values()) for r in rows]
     return "\n".join([f"{'exposure bias':<14}" + "".join(f"{c:>16}" for c in rows[0]), *lines])
 
@@ -1746,12 +1731,6 @@ def blind(backbone, xt, attend, start):
 
 # --------------------------------------------------------------------------------------------------
 # 6. Training: resume, accumulation, processes, defaults.
-
-def test_a_metastate_checkpoint_refuses_another_backbone(tmp_path, meta_checkpoint):
-    bb.save_backbone(random_backbone(seed=1, vocab_size=139), tmp_path / "base")
-    with pytest.raises(ValueError, match="another backbone"):
-        metastate.load(tmp_path / "meta", "cpu")
-
 
 RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
 CLOSED_BOOK = ["--method", "memdlm", *SMALL, "--batch_size", "8", "--rank", "4"]
@@ -1812,18 +1791,17 @@ def test_a_killed_run_resumed_equals_the_whole_run_bit_for_bit_and_logs_what_its
     # an adapter's file has its metadata in any order
     others = ["resume.pt", "log.jsonl", "adapter_model.safetensors"]
     assert contents("whole", but=others) == contents("parts", but=others)
-    whole, parts = weights_of("whole"), weights_of("parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole | parts)
-    logs = [[{**row, "seconds": 0} for row in log_of(folder)] for folder in ("whole", "parts")]
-    assert logs[0] == logs[1]
-    assert [row["step"] for row in logs[0]] == [0, 1, 2, 3]
-    assert [list(row)[5:] for row in logs[0]] == [[], [watched], [], [watched]]
+    torch.testing.assert_close(weights_of("whole"), weights_of("parts"), atol=0, rtol=0)
+    log, other = ([{**row, "seconds": 0} for row in log_of(name)] for name in ("whole", "parts"))
+    assert log == other
+    columns = [(row["step"], *list(row)[5:]) for row in log]
+    assert columns == [(0,), (1, watched), (2,), (3, watched)]
     # of MetaState's, too: the loss of its frozen backbone alone would stay
-    assert watched == "recalled" or logs[0][1][watched] != logs[0][3][watched]
+    assert watched == "recalled" or log[1][watched] != log[3][watched]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_accumulation_equals_one_large_batch_whose_outer_gradient_is_clipped_to_norm_1(
+def test_accumulation_is_one_large_batch_the_gradient_is_clipped_to_norm_1_and_only_matrices_decay(
         quick, method, monkeypatch):
     """Clipped as AdamW sees it, after it was made a million times as large."""
     total = train.Run.sum_over_ranks
@@ -1833,7 +1811,7 @@ def test_accumulation_equals_one_large_batch_whose_outer_gradient_is_clipped_to_
             p.grad.mul_(1e6)
         return total(self, loss)
     monkeypatch.setattr(train.Run, "sum_over_ranks", enlarged)
-    options = [*method, "--steps", 1, "--unroll", 2, "--plain_share", 0]
+    options = [*method, *"--steps 1 --unroll 2 --plain_share 0 --weight_decay 0.25".split()]
     options += ["--questions", 2] * (method is CLOSED_BOOK)
     run_train(*options, "--batch_size", 6, "--out", "one")
     run_train(*options, "--batch_size", 2, "--accumulate", 3, "--out", "three")
@@ -1842,15 +1820,17 @@ def test_accumulation_equals_one_large_batch_whose_outer_gradient_is_clipped_to_
     assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-3)
     for folder in ("one", "three"):
         # after one step the first moment is a tenth of the gradient
-        states = train.read_state(f"{folder}/resume.pt")["optimizer"]["state"].values()
-        norm = torch.nn.utils.get_total_norm([state["exp_avg"] for state in states])
+        state, groups = train.read_state(f"{folder}/resume.pt")["optimizer"].values()
+        moments = {i: x["exp_avg"] for i, x in state.items()}
+        norm = torch.nn.utils.get_total_norm(moments.values())
         assert norm.item() == pytest.approx(0.1, rel=1e-3)
+        decays = {(moments[i].ndim > 1, g["weight_decay"]) for g in groups for i in g["params"]}
+        assert decays == {(True, 0.25), (False, 0.0)}
 
 
 def spied(monkeypatch, owner, name):
     """From now on the calls of a function: a list of its arguments and results."""
-    calls = []
-    function = getattr(owner, name)
+    calls, function = [], getattr(owner, name)
 
     def spy(*inputs, **more):
         result = function(*inputs, **more)
@@ -1860,31 +1840,16 @@ def spied(monkeypatch, owner, name):
     return calls
 
 
-def test_a_run_decays_matrices_alone_and_trains_with_new_noise_at_each_step_on_no_held_out_row(
-        quick, monkeypatch):
-    write_data("data.jsonl", 40)
-    calls = spied(monkeypatch, train.Run, "batch")
-    run_train(*MDLM, "--steps", 2, "--data", "data.jsonl", "--weight_decay", 0.25)
-    [(run, _), (first, _)], [_, (second, _)] = calls
-    assert not torch.equal(first.t, second.t)
-    assert (len(run.examples), len(run.held_examples)) == (36, 4)
-    assert not any(row in run.examples for row in run.held_examples)
-    decays = {(p.ndim > 1, group["weight_decay"]) for group in run.optimizer.param_groups
-              for p in group["params"]}
-    assert decays == {(True, 0.25), (False, 0.0)}
-
-
-@pytest.mark.parametrize("method, loss", [
-    (CLOSED_BOOK, "loss_closed_book"), (RESPONSE, "loss_memdlm")], ids=["closed", "memdlm"])
+@pytest.mark.parametrize("method, loss", [("closed", "closed_book"), ("memdlm", "memdlm")])
 def test_the_gradient_is_exact_in_the_last_steps_and_a_text_to_write_hidden_from_the_canvas(
         quick, monkeypatch, method, loss):
-    losses = spied(monkeypatch, memdlm, loss)
+    losses = spied(monkeypatch, memdlm, f"loss_{loss}")
     batches = spied(monkeypatch, train.Run, "batch")
-    run_train(*method, "--steps", 4, "--exact_from", 0.5, "--plain_share", 0, "--full_share", 0,
-              "--eval_every", 4)
+    run_train(*METHODS[method], *("--steps 4 --exact_from 0.5 --plain_share 0 --full_share 0 "
+                                  "--eval_every 4").split())
     assert [inputs[-1] for inputs, _ in losses] == [False, False, True, True]
     for _, (batch, _) in batches[-4:]:
-        assert batch.text.any() == (method is CLOSED_BOOK)
+        assert batch.text.any() == (method == "closed")
         assert not (batch.text & batch.attend).any()
 
 
@@ -1897,8 +1862,7 @@ def write_data(file, n):
 def small_folder(folder, family="llada", **more):
     """A miniature of a real backbone with the tiny tokenizer."""
     sizes = dict(vocab_size=139, embedding_size=139, mask_token_id=1, eos_token_id=2, **more)
-    known = {name: value for name, value in sizes.items() if name in CONFIGS[family]}
-    write_checkpoint(folder, family, **known)
+    write_checkpoint(folder, family, **{k: v for k, v in sizes.items() if k in CONFIGS[family]})
     niah.tiny_tokenizer().save_pretrained(folder)
 
 
@@ -1918,19 +1882,23 @@ def test_a_byte_order_mark_empty_lines_and_nulls_change_nothing(here):
     assert read_jsonl("odd.jsonl") == read_jsonl("good.jsonl")
 
 
-def test_a_run_is_resumed_by_what_its_data_and_paths_hold_not_by_how_they_are_spelled(on_data):
-    options = [*MDLM, *on_data, "--save_every", 1, "--steps", 2, "--out", "run"]
+def test_a_run_and_a_metastate_belong_to_what_their_data_and_paths_hold_however_those_are_spelled(
+        on_data):
+    options = [*SLOTS, *on_data, *"--slot_heads 2 --slot_dim 16 --cond_dim 16 --steps 2".split(),
+               "--save_every", 1, "--out", "run"]
     with killed_at(1):
         run_train(*options)
     shutil.copytree("base", "moved")
     small_folder(Path("other"), rope_theta=2.0)
     write_lines("less.jsonl", rows_in("data.jsonl")[5:])
-    for changed, message in ((["--data", "less.jsonl"], "the data was"),
-                             (["--backbone", "other"], "the backbone was")):
-        with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
-            run_train(*options, "--resume", *changed)
+    for flag, other in (("--data", "less.jsonl"), ("--backbone", "other")):
+        with pytest.raises(ValueError, match=f"belongs to another run: the {flag[2:]} was"):
+            run_train(*options, "--resume", flag, other)
     run_train(*options, "--resume", "--backbone", "moved", "--data", "./data.jsonl")
     assert len(log_of("run")) == 2
+    shutil.copytree("other", "moved", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="run was trained on another backbone"):
+        metastate.load("run", "cpu")
 
 
 def test_an_estimate_for_a_hub_name_fetches_no_weights_and_counts_every_unrolled_step(
@@ -1946,7 +1914,9 @@ def test_an_estimate_for_a_hub_name_fetches_no_weights_and_counts_every_unrolled
         assert eight[part] == 2 * four[part] == 4 * two[part]
 
 
-def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_data):
+def test_a_real_backbone_trains_with_the_papers_recipe_on_no_held_out_row_and_ever_new_noise(
+        on_data, monkeypatch):
+    calls = spied(monkeypatch, train.Run, "batch")
     run_train("--method", "memdlm", *on_data, "--epochs", 1, "--device", "cpu", "--n_eval", 0)
     state = train.read_state("runs/memdlm/resume.pt")
     wanted = dict(loss_weight="1/t", warmup=0.1, lora=32, lora_dropout=0.05, beta2=0.999,
@@ -1954,7 +1924,10 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_dat
                   inner_lr=0.1, clip=1.0, inner_on="response")
     assert {k: state["settings"][k] for k in wanted} == wanted
     # one of 40 examples in ten is held out; two rows a step
-    assert state["step"] == (40 - 4) // 2
+    [(run, _), (first, _)], [_, (second, _)], *_ = calls
+    assert (len(run.held_examples), len(run.examples), state["step"]) == (4, 36, 18)
+    assert not any(row in run.examples for row in run.held_examples)
+    assert not torch.equal(first.t, second.t)
     groups = state["optimizer"]["param_groups"]
     assert {(g["betas"], g["weight_decay"]) for g in groups} == {((0.9, 0.999), 0.0)}
     adapter = json.loads(Path("runs/memdlm/adapter_config.json").read_text())
@@ -1962,11 +1935,10 @@ def test_the_papers_recipe_is_what_a_real_backbone_trains_with_by_default(on_dat
 
 
 def test_defaults_depend_on_the_backbone_and_on_the_data():
-    on_file, from_noise = dict(data="a file"), dict(method="mdlm")
     for stage, family, closed, options, expected in (
-            ("published", "llada", False, on_file, dict(epochs=5, steps=None, max_len=4096)),
+            ("published", "llada", False, dict(data="x"), dict(epochs=5, steps=None, max_len=4096)),
             ("published", "llada", False, {}, dict(steps=1000)),
-            ("pretrain", "tiny", False, from_noise,
+            ("pretrain", "tiny", False, dict(method="mdlm"),
              dict(loss_weight="uniform", warmup=0.03, beta2=0.98, weight_decay=0.01)),
             ("closed_book", "tiny", True, {}, {})):
         cfg = train.TrainConfig(**options)
@@ -1988,23 +1960,21 @@ def test_every_process_sets_its_own_gpu_before_anything_else_touches_cuda(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(train.dist, "init_process_group", lambda kind, timeout: calls.append(kind))
-    for asked, device, expected in ((None, "cuda:1", [1, "nccl"]), ("cpu", "cpu", ["gloo"])):
-        calls.clear()
-        cfg = train.TrainConfig(device=asked)
+    asked = [train.TrainConfig(device=device) for device in (None, "cpu")]
+    for cfg in asked:
         train.join_ranks(cfg)
-        assert (cfg.device, calls) == (device, expected)
+    assert [cfg.device for cfg in asked] == ["cuda:1", "cpu"] and calls == [1, "nccl", "gloo"]
 
 
-def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(here, monkeypatch):
-    import torch.distributed.fsdp
-    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda layer, mesh, **_: mesh)
-    calls = spied(monkeypatch, torch.distributed.fsdp, "fully_shard")
-    train.dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=0, world_size=1)
-    try:
-        train.shard(random_backbone())
-    finally:
-        train.dist.destroy_process_group()
-    assert [mesh.device_type for _, mesh in calls] == ["cpu"] * 3
+def test_a_run_on_the_cpu_shards_over_a_cpu_mesh_also_where_there_is_a_gpu(monkeypatch):
+    from torch.distributed import device_mesh, fsdp
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *mesh: mesh)
+    monkeypatch.setattr(fsdp, "fully_shard", lambda layer, mesh, **_: mesh)
+    calls = spied(monkeypatch, fsdp, "fully_shard")
+    train.shard(random_backbone())
+    assert [mesh for _, mesh in calls] == [("cpu", (2,))] * 3
 
 
 BOOK = [dict(context="river = 47 . stone = 12 .", prompt="? river =", response="47"),
@@ -2021,8 +1991,7 @@ def test_a_context_is_hidden_in_the_closed_book_which_needs_one_and_in_the_promp
     assert whole.text == [] and len(hidden.prompt) == 3
     assert (hidden.text + hidden.prompt, hidden.response) == (whole.prompt, whole.response)
     batch = train.collate([hidden, whole], BackboneConfig(), 6, torch.Generator())
-    assert batch.text.sum(1).tolist() == [8, 0]
-    assert torch.equal(batch.x0[0], batch.x0[1])
+    assert batch.text.sum(1).tolist() == [8, 0] and torch.equal(batch.x0[0], batch.x0[1])
 
 
 def test_the_closed_books_loss_is_a_sum_over_rows_however_long_the_questions_of_the_others(tiny):
