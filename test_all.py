@@ -63,8 +63,7 @@ from memdlm import ClosedBook, MemDLMConfig
 from metastate import MetaStateConfig
 
 
-# --------------------------------------------------------------------------------------------------
-# 0. What the tests share: tiny models, checkpoints laid out as the official ones, command lines.
+# 0. What the tests share: tiny models, checkpoints laid out as the official ones, command lines ---
 
 HERE = Path(__file__).parent
 
@@ -322,8 +321,7 @@ def share(rows, hops, after, steps):
                     for name in ("donor", "own", "neither")) if got else "-"
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. What the papers say: against loops and modules written from them, and torch.nn.GRUCell.
+# 1. What the papers say: against loops and modules written from them, and torch.nn.GRUCell --------
 
 def test_corrupt_masks_at_rate_t_never_what_is_given_and_a_superset_at_a_larger_t():
     g = torch.Generator().manual_seed(0)
@@ -671,8 +669,7 @@ def test_the_unrolled_loss_equals_the_published_formula_row_by_row(model, batch,
     torch.testing.assert_close(whole, total, atol=1e-5, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The official samplers: against references written from their description.
+# 2. The official samplers: against references written from their description ----------------------
 
 def reference_llada(model, prompt, gen_length, steps, block_length, temperature=0.0,
                     cfg_scale=0.0, remasking="low_confidence"):
@@ -918,8 +915,7 @@ def test_dream_samples_in_bf16_at_any_temperature_and_never_crashes():
     assert (counts - probs[0].float()).abs().max() < 0.03
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The real checkpoints: against independent models of transformers, and their own formats.
+# 3. The real checkpoints: against independent models of transformers, and their own formats -------
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -1205,8 +1201,7 @@ def test_a_file_may_mix_pairs_and_chats_and_only_the_closed_book_reads_a_chats_c
         read_jsonl("chats.jsonl")
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Invariants of memory: off is the plain model, no row sees another, the same alone and padded.
+# 4. Invariants of memory: off is the plain model, no row sees another, the same alone and padded --
 
 @pytest.mark.parametrize("pads", [(5, 0), (0, 5)], ids=["left", "right"])
 @pytest.mark.parametrize("options", [
@@ -1374,8 +1369,7 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_there_are_targets():
         assert largest.rows == rows, memory
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Tasks and scores: RULER, BABILong, the closed book.
+# 5. Tasks and scores: RULER, BABILong, the closed book --------------------------------------------
 
 def new_checkpoint():
     """An untrained tiny checkpoint in the working directory, as a command line names it."""
@@ -1721,8 +1715,7 @@ def blind(backbone, xt, attend, start):
     return predict, None
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Training: resume, accumulation, processes, defaults.
+# 6. Training: resume, accumulation, processes, defaults -------------------------------------------
 
 RESPONSE = ["--method", "memdlm", "--inner_on", "response", *SMALL]
 CLOSED_BOOK = ["--method", "memdlm", *SMALL, "--batch_size", "8", "--rank", "4"]
@@ -2071,9 +2064,11 @@ def ensure(name, seed):
     folder = Path(f"runs/{name}-seed{seed}")
     for needed in re.findall(r"--init runs/(\S+)-seed", RUNS[name]):
         ensure(needed, seed)
+    part = Path(f"{folder}-unfinished")     # a run that was stopped goes on, and is not read
     if not folder.exists():
         run_script("train.py", *RUNS[name].format(s=seed).split(), "--seed", seed, "--n_eval", 0,
-                   "--out", folder)
+                   *["--resume"] * part.exists(), "--out", part)
+        part.rename(folder)
     return folder
 
 
@@ -2098,8 +2093,7 @@ def losses(runs, seeds):
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. What is shown: traces, pages, files and the README.
+# 7. What is shown: traces, pages, files and the README --------------------------------------------
 
 def data_of(page):
     return json.loads(re.search(r'json">(.*)</script>', page)[1])
@@ -2235,8 +2229,7 @@ def test_a_file_imports_five_packages_has_100_columns_and_an_equation_where_its_
             assert re.search(rf"{re.escape(equation)}(?!\d)", source), equation
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Refusals: what was wrong, where, what to do; and nothing is lost.
+# 8. Refusals: what was wrong, where, what to do; and nothing is lost ------------------------------
 
 def why(call, *inputs, **options):
     """The message with which a call refuses what it is given."""
@@ -2661,8 +2654,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_frees_it(here):
     assert len(log_of("run")) == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. By hand: bench, tables, slots, exposure.
+# 9. The benchmarks' own files, and estimates of memory --------------------------------------------
 
 LIST = {"input": "list of words", "outputs": ["mary", "john"]}
 HEDGE = {"input": "", "question": "before the kitchen?", "target": "hallway"}
@@ -2723,8 +2715,7 @@ def test_a_card_of_80_gb_is_estimated_to_write_8192_tokens_into_llada_moe_and_tr
     assert sum(parts.values()) < 80e9
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. By hand: the learning run.
+# 10. By hand: the learning run --------------------------------------------------------------------
 
 slow = pytest.mark.skipif("SLOW" not in os.environ,
                           reason="minutes: SLOW=1 python -m pytest -q test_all.py -k learns")
@@ -2758,8 +2749,7 @@ def test_metastate_learns_to_follow_one_hop_more_with_every_pass_over_an_unchang
     assert learned_recall("metastate", 5) > learned_recall("reset", 5) + 0.2
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. By hand: how fast is it here? `python test_all.py --bench --family llada`
+# 11. By hand: how fast is it here? `python test_all.py --bench --family llada` --------------------
 
 # MetaState first: its backbone is without adapters
 STEPS = {"metastate": "MetaState", "mdlm": "MDLM + LoRA", "memdlm": "MemDLM + LoRA",
@@ -2951,8 +2941,7 @@ def test_a_card_that_is_too_small_is_told_so_before_anything_is_built(capsys, mo
     assert "MemDLM + LoRA does not fit" in said and "the weights alone are larger" in said
 
 
-# --------------------------------------------------------------------------------------------------
-# 12. By hand: one table over training seeds
+# 12. By hand: one table over training seeds -------------------------------------------------------
 
 def mean_and_interval(cell, draws=2000):
     """{(training seed, text): value} -> "mean ± half the 95 % interval over both levels", in %.
@@ -3031,8 +3020,7 @@ def test_a_tables_means_and_intervals_cover_texts_and_training_seeds_and_a_bad_l
         table_over_seeds(files, "length")
 
 
-# --------------------------------------------------------------------------------------------------
-# 13. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT`
+# 13. By hand: what a memory holds. `python test_all.py --slots | --exposure CHECKPOINT` -----------
 
 # Whose slots a text of resolve gets. The answer of a twin is the other value of the same text.
 DONORS = {"question": "a twin: the same text, asked for the end of its other chain",
@@ -3212,8 +3200,7 @@ def test_exposure_bias_carries_the_memory_of_the_sequential_run(model, batch):
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-# --------------------------------------------------------------------------------------------------
-# 14. By hand: the README's tables, read again or run again. `python test_all.py --tables`
+# 14. By hand: the README's tables, read again or run again. `python test_all.py --tables` ---------
 
 # arguments of niah.py, and the file that its rows go to
 PASSES = "--tasks resolve --lengths 64 --passes 8 --n 500 --arms {arm}", "passes.jsonl"
@@ -3490,9 +3477,9 @@ def test_a_table_reads_the_rows_that_the_closed_book_writes(here):
     assert [line.split()[0] for line in by_length[1:]] == ["1", "1", "2", "2", "all", "all"]
 
 
-# --------------------------------------------------------------------------------------------------
-# 15. The course: what each function to be written gives for fixed inputs. This section stays in
-# the student's copy; there each case is a test, and what the originals gave lies in stored.pt.
+# 15. The course: what each function to be written gives for fixed inputs --------------------------
+# This section stays in the student's copy; there each case is a test, and what the originals gave
+# lies in stored.pt.
 
 WITHIN = "within: "     # so starts the label of an intermediate: it is shown, never judged
 INNER = MemDLMConfig(rank=4, alpha=12.0, inner_lr=0.5, prompt_ratio=0.3)
@@ -3506,6 +3493,7 @@ VARIANTS = {
                              clipped=dict(row=1, clip=0.05), exact=dict(row=0, exact=True)),
     "A3: inner_step": dict(
         plain=dict(clip=0.0), clipped=dict(clip=0.05), partly_clipped={},
+        in_generate=dict(no_grad=True),
         surprise=dict(token_weight=functools.partial(memdlm.surprise, gamma=2.0)),
         exact=dict(exact=True, fraction=0.7), experts=dict(base=MIXTURE)),
     "A3: adapt_to_response": dict(first_order={}, exact=dict(exact=True),
@@ -3619,7 +3607,8 @@ def values_of(name, seed):
     with pytest.MonkeyPatch.context() as patch:
         for owner, label in (memdlm, "inner_step"), (torch.func, "functional_call"), (meta, "step"):
             patch.setattr(owner, label, noting(notes, label, getattr(owner, label)))
-        results = dict(tensors_in("result", function(**args)))
+        with torch.set_grad_enabled(not CASES[name].get("no_grad")):
+            results = dict(tensors_in("result", function(**args)))
     inputs = {}
     for label, value in args.items():
         value = dict(value.named_parameters()) if isinstance(value, torch.nn.Module) else value
@@ -3658,9 +3647,11 @@ def difference(name, got, expected):
     wrong = [label for label in expected if not label.startswith(WITHIN) and differs(label)]
     if not wrong:
         return ""
-    first = next((label for label in expected if label in got and differs(label)), wrong[0])
+    # a value without a finite number may be harmless on the way
+    first = next((label for label in expected if label in got and differs(label)
+                  and (label in wrong or got[label].isfinite().all())), wrong[0])
     a, b = got.get(first, torch.zeros(0)), expected[first]
-    lines = [f"{name}: wrong is {', '.join(wrong)}", f"differs first: {first}"]
+    lines = [f"{name}: wrong is {wrong[0]}, and {len(wrong) - 1} others", f"differs first: {first}"]
     if a.shape == b.shape:
         where = apart(a, b).nonzero()
         at, rows = tuple(where[0].tolist()), sorted(set(where[:, :1].flatten().tolist()))
@@ -3691,8 +3682,7 @@ def write_values(assignment, seed):
         torch.save(found, "values.pt")
 
 
-# --------------------------------------------------------------------------------------------------
-# 16. The course: the student's copy (`--starter DIR`) and the grades of a class (`--grade FOLDER`).
+# 16. The course: the student's copy (`--starter`) and the grades of a class (`--grade`) -----------
 # This section is in no copy, so LECTURER (what measurements gave) is for lecturers alone.
 
 BLANKS = dict(reversed(name.split(": ")) for name in VARIANTS)      # {function: its assignment}
@@ -3704,7 +3694,7 @@ The functions named below raise NotImplementedError; their docstrings say what t
 their bodies, helpers and imports inside, in this order: nothing else is graded. Change no test.
 
     python -m pytest -q test_all.py -k A1:    # then A2:, A3:, ...
-    python -m pytest -q test_all.py           # in the end: all pass, none is skipped
+    python -m pytest -q test_all.py           # in the end all pass, but for two that need minutes
 
 A failure says what differs first, and in which rows; "within" is an intermediate of one way to get
 there, and you may take another. Hand in this folder, and for each assignment its measurement with a
@@ -3730,18 +3720,19 @@ starts from constants.
 Measure: by how many nats do the two inner steps lower the outer loss of a masked token (`inner_lr`
 0.1, 0.5, 2; t = 1; 20 texts of 14 random tokens; test_all's `random_backbone()`, `MEM`)? Why?
 
-## A3: MemDLM in a batch (8 h)
+## A3: MemDLM in a batch (8 h; measured against A2)
 Read: MemDLM, sections 3.1 and 4.4. Write: {A3}. As A2, for all rows at once. `given` may include
 padding, so a row's prompt is `given & attend`; its `row_seeds` give phi_0. clip 0 clips nothing.
-A token's cross-entropy is multiplied by token_weight, a function of all of them, as a constant. For
-an exact gradient the context of `inner_step` needs `twice`. The weight of a state is 1 / (its
+A token's cross-entropy is multiplied by token_weight, a function of all of them, as a constant.
+Inside `inner_step`, which `generate` calls under no_grad: a gradient all the same; exact, the
+context needs `twice`, and the clip factor has a gradient, too. The weight of a state is 1 / (its
 masked share of what is not given). `adapt_to_prompt`: the prompt is what is attended and no [MASK]
 (no target); from its `row_seeds` come phi_0 and, with a generator seeded one higher, `torch.rand`
-for u on the prompt, elsewhere u is larger than 1. The anchor masks round(prompt_ratio n) tokens,
-those with the smallest u; weight 1.
+of the prompt's n numbers u, elsewhere u is larger than 1. The anchor masks round(prompt_ratio n)
+tokens, those with the smallest u; weight 1.
 Measure: how many times longer than `loss_memdlm` does a loop over `paper_sample` take for four rows
-of 14 tokens, with the gradients of all weights? One thread (`torch.set_num_threads(1)`), the median
-of 20 calls after 3.
+of 14 tokens (t = 1, first order), with the gradients of all weights? One thread, the median of 20
+calls after 3.
 
 ## A4: First order against exact, and the leak (2 h + 30 min of runs)
 Read: MemDLM, Eq. 5 and 10, Fig. 4. Write: no code.
@@ -3889,7 +3880,7 @@ def write_copy(folder, bodies):
     texts = {file: (HERE / file).read_text() for file in [*FILES, "requirements.txt", "LICENSE"]}
     tests = texts["test_all.py"]
     for title, instead in SECTIONS.items():
-        tests = re.sub(rf"^# -+\n# \d+\. {title}.*?(?=^# -+\n# \d+\. )", lambda _: instead, tests,
+        tests = re.sub(rf"^# \d+\. {title}.*?(?=^# \d+\. [^\n]*-$)", lambda _: instead, tests,
                        flags=re.M | re.S)
     # top-level definitions stand two blank lines apart
     texts["test_all.py"] = "\n\n\n".join(block for block in tests.split("\n\n\n") if not re.search(
@@ -4023,7 +4014,7 @@ paper_sample: inner.alpha / inner.rank * B >> inner.alpha * B ;; if not given[i]
 inner_step: masked.sum(1).clamp >> masked.sum().clamp ;; .clamp(max=1) >> ;; inner.clip: >> True:
     g.flatten(1).norm(dim=1)[:, None, None] >> g.norm() ;; create_graph=exact >> create_graph=False
     g.flatten(1) >> torch.cat([x.flatten(1) for x in gradients], 1) ;; A=A, B=B) >> B=B)
-    x - inner.inner_lr >> x + inner.inner_lr ;; ce.detach() >> ce
+    x - inner.inner_lr >> x + inner.inner_lr ;; ce.detach() >> ce ;; with torch.enable_grad() >> if 1
     weights * token_weight(ce.detach()) >> weights
 adapt_to_response: m.sum(1).clamp(min=1) for >> (~given).sum(1) for ;; w_pre, w = >> w, w_pre =
     x0, masked_pre, >> x0, masked, ;; masked, w, inner, exact) >> masked, w, inner)
@@ -4180,8 +4171,7 @@ def test_a_class_is_graded_whatever_it_hands_in(tmp_path):
         assert said in text
 
 
-# --------------------------------------------------------------------------------------------------
-# 17. Which measurement.
+# 17. Which measurement ----------------------------------------------------------------------------
 
 def by_hand():
     """`python test_all.py --WHAT ...`: the measurements that are no tests."""
