@@ -4014,8 +4014,8 @@ paper_sample: inner.alpha / inner.rank * B >> inner.alpha * B ;; if not given[i]
 inner_step: masked.sum(1).clamp >> masked.sum().clamp ;; .clamp(max=1) >> ;; inner.clip: >> True:
     g.flatten(1).norm(dim=1)[:, None, None] >> g.norm() ;; create_graph=exact >> create_graph=False
     g.flatten(1) >> torch.cat([x.flatten(1) for x in gradients], 1) ;; A=A, B=B) >> B=B)
-    x - inner.inner_lr >> x + inner.inner_lr ;; ce.detach() >> ce ;; with torch.enable_grad() >> if 1
-    weights * token_weight(ce.detach()) >> weights
+    x - inner.inner_lr >> x + inner.inner_lr ;; ce.detach() >> ce
+    weights * token_weight(ce.detach()) >> weights ;; with torch.enable_grad() >> if 1
 adapt_to_response: m.sum(1).clamp(min=1) for >> (~given).sum(1) for ;; w_pre, w = >> w, w_pre =
     x0, masked_pre, >> x0, masked, ;; masked, w, inner, exact) >> masked, w, inner)
     attend, seed) >> attend, 0) ;; given & attend, >> given, ;; return phi, h, >> return phi, h_pre,
