@@ -3688,10 +3688,10 @@ def write_values(assignment, seed):
 
 
 # 16. The course: the student's copy (`--starter`) and the grades of a class (`--grade`) -----------
-# This section is in no copy, so LECTURER (what measurements gave) is for lecturers alone.
 
 BLANKS = dict(reversed(name.split(": ")) for name in VARIANTS)      # {function: its assignment}
 NEEDS = {"A3": "A1", "A6": "A5"}                                    # solved by us in its grade
+PARSING = threading.Lock()         # ast.parse of Python 3.11 fails in two threads at a time
 COURSE = """\
 # The course: two memories for diffusion language models, written by you
 
@@ -3736,21 +3736,19 @@ masked share of what is not given). `adapt_to_prompt`: the prompt is what is att
 of the prompt's n numbers u, elsewhere u is larger than 1. The anchor masks round(prompt_ratio n)
 tokens, those with the smallest u; weight 1.
 Measure: how many times longer than `loss_memdlm` does a loop over `paper_sample` take for four rows
-of 14 tokens (t = 1, first order), with the gradients of all weights? One thread, the median of 20
-calls after 3.
+of 14 tokens (t = 1, first order, all weights' gradients, one thread, the median of 20 calls after
+3)?
 
 ## A4: First order against exact, and the leak (2 h + 30 min of runs)
 Read: MemDLM, Eq. 5 and 10, Fig. 4. Write: no code.
-Measure: recall of 4 facts alone and in 64 tokens (arm `written`, the last lines), beside a guess, a
-quarter; and, of the last two runs, `loss` (mean of the last 50 steps) and `held_out_off` (last) in
-`runs/*/log.jsonl`, as a table. Which of the two losses deceives?
+Measure: recall of 4 facts alone and in 64 tokens (a guess: a quarter); and, of the last two runs,
+`loss` (mean of the last 50 steps) and `held_out_off` (last) in `runs/*/log.jsonl`, as a table.
+Which of the two losses deceives?
 
     python train.py --method memdlm --exact_from 1 --n_eval 0 --out runs/first-order    # 4 minutes
     python train.py --method memdlm --n_eval 0 --out runs/exact    # 5 minutes
     python niah.py --checkpoint runs/first-order --closed_book --facts 4 --lengths 0 64 --n 200 \
---arms written
-    python niah.py --checkpoint runs/exact --closed_book --facts 4 --lengths 0 64 --n 200 \
---arms written
+--arms written    # and the same with runs/exact
     python train.py --method mdlm --n_eval 0 --out runs/pretrained    # 8 minutes
     python train.py --method memdlm --inner_on response --inner_lr 1 --init runs/pretrained \
 --tasks resolve --full_share 0 --lr 1e-3 --n_eval 0 --out runs/leak    # 3 minutes
@@ -3768,19 +3766,16 @@ Measure: how many times longer is a denoising step with slots than without (`loa
 ## A6: MetaState's unrolled loss (3 h + 20 min of runs)
 Read: MetaState, K-step unrolling. Write: {A6}. The time of a step is the share of the answer that
 is masked, row by row.
-Measure: recall on `resolve` at five passes by hops for the arms frozen, metastate and wiped (the
-trained slots put back at each step; not `--memory reset`). Then, from the last command: two
-questions about one text exchange their slots after pass h of h hops; whose answer comes?
+Measure: recall on `resolve` at five passes by hops for the arms frozen, metastate and wiped. Then,
+from the last command: two questions about one text exchange their slots after pass h of h hops;
+whose answer comes?
 
     python train.py --method metastate --init runs/pretrained --n_eval 0 --out runs/slots    # 6 min
     python niah.py --checkpoint runs/slots --tasks resolve --lengths 64 --passes 5 --n 500 \
 --arms frozen metastate wiped
     python test_all.py --slots runs/slots --n 100
-    python sample.py --checkpoint runs/slots --watch --prompt "table = 34 . ? table is"    # a look
 """
 LECTURER = """\
-The course for a lecturer.
-
 python test_all.py --starter DIR                     writes the student's copy
 python test_all.py --grade FOLDER [--out scores.csv] [--seed N] [--seconds 120]
   FOLDER holds a folder or a zip for each student. Only the bodies of the named functions are taken
@@ -3790,7 +3785,6 @@ python test_all.py --grade FOLDER [--out scores.csv] [--seed N] [--seconds 120]
   among its cases. Written: a CSV with the points of each function, and scores-texts, a text for
   each student. Not protected: files of your account, the machine from many processes; copied code
   is not found. Run it in a container. Memory (8 GB) and network are limited on Linux alone.
-
 Explanation, 20 points: the cause 10, what else could explain the number and does not 5, limits 5.
 Measurement, 20: right command and arms 5, a 95 % interval 5, in this interval 10:
 A1: t within 0.004; half a width of the interval: 0.0019, 0.0031, 0.0019
@@ -3802,15 +3796,13 @@ A5: 1.3 to 1.8, 1.2 to 1.5, 1.03 to 1.2 times
 A6: metastate 94 to 100 in the mean, frozen and wiped 57 to 63 (0 hops 100, the others about 50);
     after the exchange the other question's, 84 to 100 %
 
-To change an assignment: a line of VARIANTS names its function and cases; what `world` names like a
-parameter is its argument. Comments on lines of their own stay. Say in COURSE what to write, and
-add lines to MISTAKES and EQUALS: their test says whether the cases find what they should.
+To change an assignment: a line of VARIANTS (its arguments are named in `world`), its text in
+COURSE, and lines in MISTAKES and EQUALS, whose test says whether the cases find what they should.
 Public: the whole solution is this repository. What is graded is understanding, and a measurement.
 """
 CONFTEST = '''\
 """A test that is not of the course is skipped while it needs a function not yet written."""
 import pytest
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -3820,12 +3812,9 @@ def pytest_runtest_makereport(item, call):
     return report
 '''
 TEST_OF_THE_COPY = '''\
-stored = functools.cache(torch.load)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_course(name):
-    expected = stored(HERE / "stored.pt", weights_only=True)[name]
+    expected = torch.load(HERE / "stored.pt", weights_only=True)[name]
     failure = difference(name, attempt(name, 0), expected)
     if failure:
         pytest.fail(failure, pytrace=False)
@@ -3840,8 +3829,7 @@ EDITS = [
     ("test_all.py",
      '    elif what in ("--starter", "--grade"):\n        course([what, *argv])\n', "")]
 SECTIONS = {"The course: the student's": TEST_OF_THE_COPY, "By hand: the README's tables": ""}
-# these hold a solution; paper_sample goes to memdlm.py, where it is to be written
-REMOVED = ["paper_loop", "paper_sample",
+REMOVED = ["paper_loop", "paper_sample",        # these hold a solution
            "test_the_unrolled_loss_equals_the_published_formula_row_by_row",
            "test_batched_memdlm_equals_a_plain_loop_from_the_paper_in_loss_and_gradient"]
 
@@ -3855,8 +3843,7 @@ def node_of(text, name):
 
 
 def with_body(text, name, body):
-    """The text with this body, a list of lines, below a function's docstring; None: it is to be
-    written, and the comments that have a line of their own stay."""
+    """The text with this body below a function's docstring; None: a blank, comments stay."""
     node, lines = node_of(text, name), text.splitlines()
     start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
     if body is None:
@@ -3922,9 +3909,6 @@ def body_of(submission, function):
         return "\n".join(map(ast.unparse, node_of(text, function).body)).splitlines()
     except Exception as e:
         raise ValueError(f"{file} cannot be read: {type(e).__name__}: {e}") from None
-
-
-PARSING = threading.Lock()         # ast.parse of Python 3.11 fails in two threads at a time
 
 
 def graded(submission, assignment, seed, expected, seconds, shut_in):
