@@ -2897,8 +2897,7 @@ def bench(argv):
     if memory < parts["weights"]:
         return print("the weights alone are larger than that: nothing to measure")
     model, meta = build_on(device, cfg), metastate.build(cfg, meta_cfg).to(device)
-    titles = "".join(f"{title:>11}" for title in "ms tokens/s TFLOP/s peak-GB estimate".split())
-    print(f"{size(model):,} parameters\n\n{'':<28}{titles}", flush=True)
+    print(f"{size(model):,} parameters\n\n{'ms':>39}   tokens/s    TFLOP/s    peak-GB   estimate")
     x0 = torch.randint(3, max(cfg.mask_id, 100), (rows, length), device=device)     # (B, L)
     given = (torch.arange(length, device=device) < length // 2).repeat(rows, 1)
     # t = 1 masks the whole answer in every state: all methods compute equally many logits, the most
