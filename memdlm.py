@@ -40,8 +40,7 @@ class MemDLMConfig:
     clip: float = option(1.0, "largest gradient norm of a tensor of a sample; 0: no limit", low=0)
     s_pre: float = option(1.5, "the pre-anchor state masks s_pre times as many tokens", low=1)
     prompt_ratio: float = option(0.2, "mask ratio of the anchor of a prompt", low=0, high=1)
-    inner_on: str = option("response", "response: the paper, which sees the labels; prompt: no "
-                           "leak; closed_book: a text, which the outer loss then hides",
+    inner_on: str = option("response", "what phi is fitted to; response: the paper, a leak",
                            choices=["response", "prompt", "closed_book"])
     exact_from: float = option(1.0, "share of the steps after which the gradient is exact", 0, 1)
 
@@ -151,7 +150,7 @@ def loss_memdlm(backbone, x0, given, attend, t, u, weight, n_maskable, inner, se
     x0, given, attend, u (B, L); t, weight (B,). exact: Eq. 5 as it stands; else by Eq. 10."""
     phi, h, ctx, masked = adapt_to_response(backbone, x0, given, attend, t, u, inner, seed, exact)
     h = backbone.run(h, ctx, first_fast_layer(backbone, inner), phi=phi)
-    # Eq. 9: L = weight * sum over masked of -log p_{theta, phi_2}(x0_i | xt) / n_maskable
+    # Eq. 9: L = sum over rows of weight * sum over masked of -log p_{theta, phi_2} / n_maskable
     return masked_loss(backbone.head(h, ctx, masked), x0, masked, weight, n_maskable)
 
 

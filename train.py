@@ -241,7 +241,7 @@ def read_jsonl(path, tokenizer, model_cfg, max_len, closed=False):
         if not is_example(raw):
             raise ValueError("expected {\"prompt\": text, \"response\": text}, or {\"messages\": "
                              "[at least two {\"role\", \"content\"}]}; the last message is the "
-                             f"assistant's, and nothing to be dropped ({', '.join(DROPPED)})")
+                             f"assistant's; nothing that would be dropped: {', '.join(DROPPED)}")
         # a tokenizer takes minutes over 100 MB, and no token has 100 bytes on average
         if size <= 100 * max_len:
             example = encode_example(raw, tokenizer, model_cfg, closed)
